@@ -5,15 +5,20 @@
 # %% ../nbs/04_models.ipynb #c002
 from __future__ import annotations
 import contextlib, copy, functools, hashlib, importlib, inspect, json, pickle, re, typing, zipfile
+from collections import Counter
 from pathlib import Path
 import torch
+import torch.fx
 import torch.nn.functional as F
 from torch import nn
 from .core import LabError, unknown, run_state, runs_folder
+from .data import normalize
 
 # %% auto #0
-__all__ = ['MODELS', 'conv3x3', 'projection', 'BasicBlock', 'Bottleneck', 'ResNet', 'list_models', 'create_model',
-           'count_parameters']
+__all__ = ['MODELS', 'CONVOLUTIONS', 'BATCHNORMS', 'CHECKPOINT_KEYS', 'conv3x3', 'projection', 'BasicBlock', 'Bottleneck',
+           'ResNet', 'list_models', 'create_model', 'count_parameters', 'rebuild', 'layer_names', 'activations',
+           'flops', 'model_name', 'describe', 'foldable', 'fold_batchnorm', 'load_checkpoint', 'checkpoint_model',
+           'weights_sha256', 'Frozen', 'frozen']
 
 # %% ../nbs/04_models.ipynb #c005
 def conv3x3(inputs: int, outputs: int, stride: int = 1) -> nn.Conv2d: return nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
@@ -118,3 +123,204 @@ def create_model(name: str,            # one of list_models()
 def count_parameters(model: nn.Module) -> int:
     "Numbers in the model that training changes."
     return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+# %% ../nbs/04_models.ipynb #c023
+def _promises_module(factory) -> bool:
+    if inspect.isclass(factory): return issubclass(factory, nn.Module)
+    try: returned = typing.get_type_hints(factory).get("return")
+    except (NameError, TypeError): return False
+    return inspect.isfunction(factory) and inspect.isclass(returned) and issubclass(returned, nn.Module)
+
+def rebuild(factory: str, # such as "drifting_kd.models.create_model"
+            kwargs: dict, # its arguments
+           ) -> nn.Module:
+    "A model with fresh weights from what a checkpoint says about it; only factories of this package are called."
+    refused = LabError(f"factory {factory!r} does not build a model of drifting_kd; expected a name such as 'drifting_kd.models.create_model'")
+    if not isinstance(factory, str) or not re.fullmatch(r"drifting_kd(\.[A-Za-z]\w*){2,}", factory): raise refused
+    module, _, name = factory.rpartition(".")
+    try: found = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError): raise refused from None
+    if getattr(found, "__module__", None) != module or not _promises_module(found): raise refused
+    try: model = found(**kwargs)
+    except TypeError as e: raise LabError(f"{factory} does not take what the checkpoint stores ({e}); was it written by another version?") from None
+    model.spec = {"factory": factory, "kwargs": dict(kwargs)}
+    return model
+
+# %% ../nbs/04_models.ipynb #c026
+def layer_names(model: nn.Module) -> list[str]:
+    "Every layer's name, outermost first within each stage."
+    return [name for name, _ in model.named_modules() if name]
+
+@contextlib.contextmanager
+def activations(model: nn.Module,
+                names,          # layers to watch: a list of names from layer_names(model), or one
+               ):
+    "Within the block, each call of the model puts the outputs of these layers, still in the graph, into the dictionary that it yields."
+    names = [names] if isinstance(names, str) else list(names)
+    layers = dict(model.named_modules())
+    for name in names:
+        if not name or name not in layers: raise unknown("layer", name, layer_names(model))
+    seen = {}
+    def watch(name): return lambda module, inputs, output: seen.__setitem__(name, output)
+    hooks = [layers[name].register_forward_hook(watch(name)) for name in names]
+    try: yield seen
+    finally:
+        for hook in hooks: hook.remove()
+
+# %% ../nbs/04_models.ipynb #c030
+def flops(model: nn.Module,
+          shape: tuple,     # of one image: channels, height, width
+         ) -> int:
+    "Operations of one forward pass over one image; a multiply-add counts twice."
+    from torch.utils.flop_counter import FlopCounterMode
+    with torch.no_grad(), FlopCounterMode(display=False) as counter: copy.deepcopy(model).to("meta").eval()(torch.zeros(1, *shape, device="meta"))
+    return counter.get_total_flops()
+
+def model_name(model: nn.Module) -> str:
+    "The name that made the model, else its class."
+    return getattr(model, "spec", {}).get("kwargs", {}).get("name") or type(model).__name__
+
+def describe(model: nn.Module,
+             shape: tuple,     # of one image: channels, height, width
+            ) -> str:
+    "One line: name, parameters, cost of an image."
+    n = flops(model, shape)
+    cost = f"{n / 1e9:.2f} GFLOPs" if n >= 1e9 else f"{n / 1e6:.1f} MFLOPs"
+    return f"{model_name(model)}: {count_parameters(model):,} parameters, {cost} for {'x'.join(str(s) for s in shape)}"
+
+# %% ../nbs/04_models.ipynb #c034
+CONVOLUTIONS, BATCHNORMS = (nn.Conv1d, nn.Conv2d, nn.Conv3d), (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+
+def foldable(model: nn.Module, prefix: str = "") -> list[tuple[str, str]]:
+    "Names of (convolution, BatchNorm) pairs that may become one layer."
+    try: nodes = torch.fx.Tracer().trace(model).nodes
+    except Exception:  # control flow that depends on numbers cannot be traced, but perhaps its parts can
+        return [pair for name, child in model.named_children() for pair in foldable(child, f"{prefix}{name}.")]
+    used = Counter(n.target if n.op == "call_module" else n.target.rpartition(".")[0] for n in nodes if n.op in ("call_module", "get_attr"))
+    pairs = []
+    for node in nodes:
+        source = node.args[0] if node.args else None
+        if node.op != "call_module" or getattr(source, "op", "") != "call_module" or len(source.users) > 1 or used[node.target] > 1 or used[source.target] > 1: continue
+        conv, bn = model.get_submodule(source.target), model.get_submodule(node.target)
+        if type(conv) in CONVOLUTIONS and type(bn) in BATCHNORMS and bn.running_mean is not None: pairs.append((prefix + source.target, prefix + node.target))
+    return pairs
+
+def fold_batchnorm(model: nn.Module) -> nn.Module:
+    "A copy in evaluation mode whose BatchNorms moved into the convolutions before them, where that is exact."
+    model = copy.deepcopy(model).eval()
+    for conv_name, bn_name in foldable(model):
+        conv, bn = model.get_submodule(conv_name), model.get_submodule(bn_name)
+        dtype = conv.weight.dtype
+        folded = torch.nn.utils.fusion.fuse_conv_bn_eval(conv.double(), bn.double()).to(dtype)  # the product is rounded once
+        model.set_submodule(conv_name, folded)
+        model.set_submodule(bn_name, nn.Identity())
+    return model
+
+# %% ../nbs/04_models.ipynb #c040
+CHECKPOINT_KEYS = ("model", "ema", "optimizer", "task", "rng", "config", "factory", "kwargs", "step", "epoch", "metrics")
+
+def load_checkpoint(path: str | Path) -> dict:
+    "The dictionary that `fit` saved; whatever else the file is, is one clear error, and nothing in it runs."
+    path = Path(path)
+    if not path.is_file(): raise LabError(f"checkpoint {path} {'is a folder' if path.is_dir() else 'does not exist'}; give a .pt file that a run wrote")
+    damaged = LabError(f"checkpoint {path} is truncated, damaged, or was not written by this package; use another of the run's checkpoints")
+    try:
+        if not zipfile.is_zipfile(path): raise damaged
+        with zipfile.ZipFile(path) as file:
+            if file.testzip(): raise damaged
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as e:
+        found = re.search(r"GLOBAL ([\w.]+)", str(e))
+        raise LabError(f"checkpoint {path} holds more than tensors and plain values{f' ({found[1]})' if found else ''}; refused, nothing in it was run") from None
+    except OSError as e: raise LabError(f"cannot read checkpoint {path} ({e.strerror or e}); check its permissions") from None
+    except LabError: raise
+    except (zipfile.BadZipFile, RuntimeError, EOFError, ValueError, KeyError): raise damaged from None
+    missing = [k for k in CHECKPOINT_KEYS if not isinstance(checkpoint, dict) or k not in checkpoint]
+    if missing: raise LabError(f"{path} is not a checkpoint of this package: {', '.join(missing)} missing; give a .pt file that a run wrote")
+    return checkpoint
+
+def checkpoint_model(checkpoint: dict,  # from load_checkpoint
+                     ema: bool = True,  # the averaged weights, where the run kept them
+                    ) -> nn.Module:
+    "The model of a checkpoint, rebuilt and filled; the random state stays as it was."
+    with torch.random.fork_rng(devices=[]): model = rebuild(checkpoint["factory"], checkpoint["kwargs"])
+    weights = checkpoint["ema"] if ema and checkpoint["ema"] is not None else checkpoint["model"]
+    try: model.load_state_dict(weights, strict=True)
+    except (RuntimeError, TypeError, AttributeError) as e: raise LabError(f"the checkpoint's weights do not fit {model_name(model)}: {' '.join(str(e).split())[:300]}") from None
+    return model
+
+# %% ../nbs/04_models.ipynb #c045
+def weights_sha256(model: nn.Module, mean: tuple, std: tuple) -> str:
+    "A hash of everything that decides the output: weights, statistics, normalisation; the same on every device."
+    digest = hashlib.sha256(json.dumps([[float(v) for v in mean], [float(v) for v in std]]).encode())
+    for name, value in sorted(model.state_dict().items()):
+        if name.endswith("num_batches_tracked"): continue  # it counts steps and changes no output
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+class Frozen:
+    "A network that is only looked through; made by `frozen`."
+    def __init__(self, model: nn.Module, mean: tuple, std: tuple, name: str, device="cpu", dtype: torch.dtype = torch.float32, channels_last: bool = True):
+        self.mean, self.std, self.name = tuple(float(v) for v in mean), tuple(float(v) for v in std), name
+        self.device, self.dtype, self.sha256 = torch.device(device), dtype, weights_sha256(model, mean, std)
+        kwargs = getattr(model, "spec", {}).get("kwargs", {})
+        head = getattr(model, "head", None)
+        self.num_classes = kwargs.get("num_classes") or getattr(head, "out_features", None)
+        self.image_size = kwargs.get("image_size")
+        self.model = fold_batchnorm(model).requires_grad_(False).to(self.device, dtype, memory_format=torch.channels_last if channels_last else torch.preserve_format)
+
+    def prepare(self, x: torch.Tensor) -> torch.Tensor:
+        "Pixels as the network was trained on them: `(x/255 - mean)/std` of uint8, NHWC or NCHW; floats in [0, 1] let gradients through."
+        channels = len(self.mean)
+        if x.ndim != 4 or channels not in (x.shape[1], x.shape[3]): raise LabError(f"{self.name} was given {tuple(x.shape)}; expected [N, {channels}, H, W] or [N, H, W, {channels}]")
+        x = x.to(self.device)
+        if x.shape[1] != channels: x = x.permute(0, 3, 1, 2)
+        if x.dtype == torch.uint8: return normalize(x, self.mean, self.std, self.dtype)
+        if not x.is_floating_point(): raise LabError(f"{self.name} was given {x.dtype}; expected uint8 pixels, or floats in [0, 1]")
+        mean, std = (x.new_tensor(v).view(1, -1, 1, 1) for v in (self.mean, self.std))
+        return ((x - mean) / std).to(self.dtype)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        "fp32 logits."
+        return self.model(self.prepare(x)).float()
+
+    def features(self, x: torch.Tensor,
+                 layers: list[str] | None = None, # None is the pooled vector before the head
+                ):
+        "Pooled fp32 features `[B, D]`, or a dictionary of named layers' outputs from one pass; the layer `head` is the logits."
+        if layers is not None:
+            with activations(self.model, layers) as seen: self.model(self.prepare(x))
+            return {name: value.float() for name, value in seen.items()}
+        if not (hasattr(self.model, "features") and hasattr(self.model, "head")): raise LabError(f"{self.name} has no features and head; name layers, such as {layer_names(self.model)[-1]!r}")
+        return self.model.features(self.prepare(x)).float()
+
+    def __repr__(self) -> str: return f"Frozen({self.name}, {self.num_classes} classes, {sum(p.numel() for p in self.model.parameters()):,} weights, {self.device}, {self.dtype}, sha256 {self.sha256[:12]})"
+
+# %% ../nbs/04_models.ipynb #c046
+def _resolve(source: str | Path) -> Path:
+    "The checkpoint file that a path, a run folder or a run's name means."
+    path = Path(source) if Path(source).exists() else runs_folder() / source
+    if not path.exists(): raise LabError(f"{source} does not exist; give a run folder, a run's name, a checkpoint file or a module")
+    if path.is_dir():
+        if run_state(path) != "finished": raise LabError(f"run {path.name} is not finished ({run_state(path)}); resume it, or give one of the files in {path / 'checkpoints'}")
+        path = path / "final_model.pt"
+    return path
+
+def frozen(source,                 # a module, a run folder, a run's name, or a checkpoint file
+           device="cpu",
+           mean: tuple | None = None, # normalisation of [0, 1] pixels; needed for a module, a checkpoint brings its own
+           std: tuple | None = None,
+           channels_last: bool = True,
+           dtype: torch.dtype = torch.float32, # bfloat16 for speed; logits come back in fp32
+          ) -> Frozen:
+    "One object for teacher, encoder and judge; the source is copied and stays as it was."
+    if isinstance(source, nn.Module): model, name, task = source, model_name(source), {}
+    else:
+        path = _resolve(source)
+        checkpoint = load_checkpoint(path)
+        model, task = checkpoint_model(checkpoint), checkpoint["task"] or {}
+        name = path.parent.name if path.name == "final_model.pt" else path.stem
+    mean, std = (task.get(key) if given is None else given for key, given in (("mean", mean), ("std", std)))
+    if mean is None or std is None or len(mean) != len(std): raise LabError(f"{name}: no normalisation of its own; give mean= and std=, one number a channel")
+    return Frozen(model, mean, std, name, device, dtype, channels_last)
