@@ -14,9 +14,10 @@ from torch.nn import functional as F
 from .core import LabError, atomic_write, import_torchvision, mix, need, project_root, unknown
 
 # %% auto #0
-__all__ = ['BLOCK', 'CONSTANTS', 'SOURCES', 'hash32', 'permutation', 'Split', 'Dataset', 'stratified', 'num_views', 'view_pixels',
-           'Batch', 'Batches', 'normalize', 'Raw', 'array_hash', 'pixel_stats', 'resize', 'make_dataset',
-           'load_dataset']
+__all__ = ['BLOCK', 'CONSTANTS', 'SHAPES', 'COLOURS', 'MD5', 'TIMEOUT', 'CIFAR10_CLASSES', 'CIFAR100_CLASSES', 'KNOWN', 'TINY',
+           'SOURCES', 'ALIASES', 'hash32', 'permutation', 'Split', 'Dataset', 'stratified', 'num_views', 'view_pixels',
+           'Batch', 'Batches', 'normalize', 'Raw', 'array_hash', 'pixel_stats', 'resize', 'make_dataset', 'draw_shapes',
+           'check_raw', 'data_folder', 'load_dataset', 'splits_hash', 'save_splits']
 
 # %% ../nbs/02_data.ipynb #c005
 def _scramble(x: Tensor) -> Tensor:
@@ -300,18 +301,334 @@ def _digits(root: Path, size: int) -> Raw:
     test[stratified(torch.from_numpy(y), round(.2 * len(y)), 0, _TEST).numpy()] = True
     return Raw(x[~test], y[~test], x[test], y[test], [str(d) for d in range(10)], "scikit-learn digits (UCI optical recognition of handwritten digits)", "CC BY 4.0")
 
-SOURCES = {"digits": _digits}
-
 # %% ../nbs/02_data.ipynb #c028
+def _half_planes(u, v, k: int) -> np.ndarray:
+    angles = [math.pi / 2 + 2 * math.pi * j / k for j in range(k)]
+    return np.stack([u * np.float32(round(math.cos(a), 6)) + v * np.float32(round(math.sin(a), 6)) for a in angles])
+
+def _radius(u, v): return np.sqrt(u * u + v * v)
+def _box(u, v, a, b): return np.maximum(np.abs(u) - np.float32(a), np.abs(v) - np.float32(b))
+
+SHAPES = {
+    "disk": lambda u, v: _radius(u, v) - np.float32(.9),
+    "ring": lambda u, v: np.abs(_radius(u, v) - np.float32(.75)) - np.float32(.25),
+    "square": lambda u, v: _box(u, v, .8, .8),
+    "frame": lambda u, v: np.abs(_box(u, v, .65, .65)) - np.float32(.22),
+    "triangle": lambda u, v: _half_planes(u, v, 3).max(0) - np.float32(.55),
+    "cross": lambda u, v: np.minimum(_box(u, v, 1, .3), _box(u, v, .3, 1)),
+    "star": lambda u, v: np.sort(_half_planes(u, v, 5), axis=0)[3] - np.float32(.36),
+    "bar": lambda u, v: _box(u, v, 1, .35),
+    "bars": lambda u, v: _box(np.abs(u) - np.float32(.65), v, .27, .95),
+    "crescent": lambda u, v: np.maximum(_radius(u, v) - 1, np.float32(.85) - _radius(u - np.float32(.55), v)),
+}
+COLOURS = {"red": (220, 40, 40), "orange": (240, 140, 30), "yellow": (235, 225, 50), "green": (50, 170, 60), "cyan": (60, 210, 215),
+           "blue": (45, 75, 215), "purple": (140, 50, 180), "pink": (245, 140, 190), "brown": (120, 75, 40), "white": (245, 245, 245)}
+
+# %% ../nbs/02_data.ipynb #c030
+class _Draw:
+    "Uniform draws for each image by number, as float32 [B, 1, 1] (or [B, 1, 1, 3])."
+    def __init__(self, index: Tensor, key: int): self.index, self.key, self.at = index, key, 0
+    def __call__(self, low: float, high: float, shape: tuple = (1, 1)) -> np.ndarray:
+        count = math.prod(shape)
+        u = hash32(self.index[:, None] * 4096 + torch.arange(self.at, self.at + count), self.key)
+        self.at += count
+        return (low + u.double().numpy() / 2**32 * (high - low)).astype(np.float32).reshape(-1, *shape)
+
+def _paint(image, d, scale, colour, alpha, pixel) -> None:
+    "Blend `colour` where the distance is negative, with an edge one pixel wide."
+    cover = np.clip(np.float32(.5) - d * (scale / np.float32(pixel)), 0, 1) * alpha
+    image += cover[..., None] * (colour - image)
+
+def draw_shapes(index: Tensor,          # int64 [B], which images
+                labels: np.ndarray,     # int64 [B]
+                size: int,
+                coloured: bool = False, # labels are shape * 10 + colour
+                key: int = 0,           # another key draws other images
+               ) -> np.ndarray:         # uint8 [B, size, size, 3]
+    "Draw images of shapes."
+    draw = _Draw(index, key)
+    axis = ((np.arange(size, dtype=np.float32) + np.float32(.5)) * np.float32(2 / size) - 1)
+    X, Y, pixel = axis[None, None, :], axis[None, :, None], 2 / size
+    corners = [draw(40, 200) + draw(-45, 45, (1, 1, 3))[:, 0] for _ in range(4)]  # a background that changes from corner to corner
+    corners = [c.reshape(-1, 1, 1, 3) for c in corners]
+    a, b = ((X + 1) / 2)[..., None], ((Y + 1) / 2)[..., None]
+    image = (corners[0] * (1 - a) + corners[1] * a) * (1 - b) + (corners[2] * (1 - a) + corners[3] * a) * b
+    one = np.float32(1)
+    for _ in range(2):  # clutter
+        r = draw(.06, .22)
+        _paint(image, SHAPES["disk"]((X - draw(-1, 1)) / r, (Y - draw(-1, 1)) / (r * draw(.4, 1.6))), r, draw(20, 235, (1, 1, 3)), draw(.4, 1), pixel)
+    turn, scale, stretch = draw(-.5, .5).astype(np.float64), draw(.6 if coloured else .5, .85 if coloured else .8), draw(.85, 1.18)
+    cos, sin = np.round(np.cos(turn), 6).astype(np.float32), np.round(np.sin(turn), 6).astype(np.float32)
+    x, y = (X - draw(-.25, .25)) / scale, (Y - draw(-.25, .25)) / scale
+    u, v = (x * cos + y * sin) * stretch, (y * cos - x * sin) / stretch
+    shape, colour = (labels // 10, labels % 10) if coloured else (labels, (draw(0, 10).reshape(-1)).astype(np.int64))
+    d = np.empty_like(u)
+    for k, distance in enumerate(SHAPES.values()):
+        if (mine := shape == k).any(): d[mine] = distance(u[mine], v[mine])
+    paint = np.array(list(COLOURS.values()), dtype=np.float32)[colour].reshape(-1, 1, 1, 3) + draw(-18, 18, (1, 1, 3))
+    _paint(image, d, scale, paint, draw(.8 if coloured else .6, 1), pixel)  # a colour must be seen to be named
+    cos, sin = draw(-1, 1), draw(-1, 1)  # a strip in front
+    _paint(image, np.abs(X * cos + Y * sin - draw(-.5, .5)) - draw(.02, .06), one, draw(40, 200, (1, 1, 3)), one, pixel)
+    noise = hash32(index[:, None] * size**2 + torch.arange(size**2), key, 1).numpy().reshape(-1, size, size, 1)
+    grain = ((noise >> np.array([0, 10, 20])) & 1023).astype(np.float32) * np.float32(1 / 1023) - np.float32(.5)
+    return np.clip(np.rint(image + grain * draw(5, 30 if coloured else 50)[..., None]), 0, 255).astype(np.uint8)
+
+def _shapes(root: Path, size: int, classes: int = 10) -> Raw:
+    train, test = (10_000, 2_000) if classes == 10 else (20_000, 4_000)
+    index = torch.arange(train + test)
+    y = permutation(train + test, classes, 3) % classes
+    x = np.concatenate([draw_shapes(i, k.numpy(), size or 32, classes == 100, key=classes) for i, k in zip(index.split(500), y.split(500))])
+    y = y.numpy()
+    names = list(SHAPES) if classes == 10 else [f"{c} {s}" for s in SHAPES for c in COLOURS]
+    return Raw(x[:train], y[:train], x[train:], y[train:], names, f"drawn by drifting_kd ({classes} classes)", "Apache-2.0")
+
+# %% ../nbs/02_data.ipynb #c032
+MD5 = {  # of the unpacked official files
+    "train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb", "train-labels-idx1-ubyte": "a25bea736e30d166cdddb491f175f624",
+    "t10k-images-idx3-ubyte": "2646ac647ad5339dbf082846283269ea", "t10k-labels-idx1-ubyte": "27ae3e4e09519cfbb04c329615203637",
+    "data_batch_1": "c99cafc152244af753f735de768cd75f", "data_batch_2": "d4bba439e000b95fd0a9bffe97cbabec", "data_batch_3": "54ebc095f3ab1f0389bbae665268c751",
+    "data_batch_4": "634d18415352ddfa80567beed471001a", "data_batch_5": "482c414d41f54cd18b22e5b47cb7c3cb", "test_batch": "40351d587109b95175f43aff81a1287e",
+    "train": "16019d7e3df5f24257cddd939b257f8d", "test": "f0ef6b0ae62326f3e7ffdfab6717acfc"}
+TIMEOUT = 20  # seconds a server may stay silent
+
+def _broken(path, what: str) -> LabError: return LabError(f"{path} is damaged or not what it should be: {what}; delete it and load again, or put a sound copy there")
+
+def _verified(path: Path) -> bytes:
+    "The content of an official file, after its checksum."
+    try: content = path.read_bytes()
+    except OSError as e: raise LabError(f"cannot read {path} ({e.strerror}); fix its permissions or replace it") from None
+    if (found := hashlib.md5(content).hexdigest()) != MD5[path.name]: raise _broken(path, f"md5 is {found}, expected {MD5[path.name]}")
+    return content
+
+def _fetch(files: list[Path],                       # what must be there in the end
+           archives: list[tuple[list[str], str, str]], # (addresses, file name, md5) of what holds them
+           folder: Path,                            # where the archives go
+           unpacked: Path,                          # where their content goes
+           advice: str,                             # what to put where by hand
+          ) -> None:
+    "Download and unpack what is missing; if that fails, say which files to put where."
+    if all(f.exists() for f in files): return
+    import_torchvision()
+    from torchvision.datasets import utils
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(TIMEOUT)
+    try:
+        for addresses, name, md5 in archives:
+            for i, address in enumerate(addresses):
+                try:
+                    utils.download_and_extract_archive(address, str(folder), str(unpacked), name, md5)
+                    break
+                except Exception as e:  # no network, a server's answer, a wrong checksum, a full disk: one message for the user
+                    if i + 1 == len(addresses): raise LabError(f"cannot download {name} ({type(e).__name__}: {str(e).splitlines()[0][:150] if str(e) else ''}); {advice}") from None
+    finally: socket.setdefaulttimeout(before)
+    if missing := [f.name for f in files if not f.exists()]: raise LabError(f"{', '.join(missing)} not in {files[0].parent} after unpacking; {advice}")
+
+# %% ../nbs/02_data.ipynb #c034
+def _idx(path: Path, dims: int) -> np.ndarray:
+    "An array in MNIST's format."
+    content = _verified(path)
+    head = 4 + 4 * dims
+    if len(content) < head or content[:4] != bytes([0, 0, 8, dims]): raise _broken(path, "no idx header of unsigned bytes")
+    shape = tuple(int.from_bytes(content[4 + 4 * i:8 + 4 * i], "big") for i in range(dims))
+    if len(content) != head + math.prod(shape): raise _broken(path, f"{len(content)} bytes, but its header promises {head + math.prod(shape)}")
+    return np.frombuffer(content, dtype=np.uint8, offset=head).reshape(shape).copy()
+
+def _labelled(path: Path, x: np.ndarray, y: np.ndarray, classes: int) -> tuple[np.ndarray, np.ndarray]:
+    if len(x) != len(y): raise _broken(path, f"{len(x)} images but {len(y)} labels")
+    if len(y) and not 0 <= int(y.min()) <= int(y.max()) < classes: raise _broken(path, f"labels {int(y.min())}..{int(y.max())}, expected 0..{classes - 1}")
+    return np.ascontiguousarray(x), y.astype(np.int64)
+
+def _mnist(root: Path, size: int) -> Raw:
+    folder = root / "MNIST" / "raw"
+    files = [folder / f"{part}-{kind}-ubyte" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")]
+    if not all(f.exists() for f in files):
+        import_torchvision()
+        from torchvision.datasets import MNIST
+        archives = [([m + name for m in MNIST.mirrors], name, md5) for name, md5 in MNIST.resources]
+        _fetch(files, archives, folder, folder, f"put {', '.join(f.name for f in files)} (or the same with .gz) into {folder}")
+    parts = [_labelled(files[i], _idx(files[i], 3)[..., None], _idx(files[i + 1], 1), 10) for i in (0, 2)]
+    return Raw(*parts[0], *parts[1], [str(d) for d in range(10)], "MNIST (LeCun, Cortes, Burges)", "CC BY-SA 3.0", flip=False)
+
+# %% ../nbs/02_data.ipynb #c036
+class _ArraysOnly(pickle.Unpickler):
+    "Rebuilds plain containers and numpy arrays; any other name in the file is refused, not looked up."
+    rebuild = np.zeros(0).__reduce__()[0]
+    import _codecs
+    allowed = {("numpy.core.multiarray", "_reconstruct"): rebuild, ("numpy._core.multiarray", "_reconstruct"): rebuild,
+               ("numpy", "ndarray"): np.ndarray, ("numpy", "dtype"): np.dtype, ("_codecs", "encode"): _codecs.encode}
+    def find_class(self, module, name):
+        if (module, name) not in self.allowed: raise pickle.UnpicklingError(f"it asks for {module}.{name}")
+        return self.allowed[module, name]
+
+def _cifar_part(path: Path, label: str, classes: int) -> tuple[np.ndarray, np.ndarray]:
+    "Images and labels of one official pickle."
+    try:
+        entry = _ArraysOnly(io.BytesIO(_verified(path)), encoding="latin1").load()
+        x, y = entry["data"], np.asarray(entry[label])
+    except LabError: raise
+    except Exception as e: raise _broken(path, f"{type(e).__name__}: {e}") from None  # a pickle can fail in any way
+    if not isinstance(x, np.ndarray) or x.dtype != np.uint8 or x.ndim != 2 or x.shape[1] != 3072: raise _broken(path, "no uint8 array [N, 3072] of images")
+    if y.ndim != 1 or not np.issubdtype(y.dtype, np.integer): raise _broken(path, "labels are not a list of whole numbers")
+    return _labelled(path, x.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), y, classes)
+
+CIFAR10_CLASSES = "airplane automobile bird cat deer dog frog horse ship truck".split()
+CIFAR100_CLASSES = """apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus butterfly camel can castle caterpillar cattle chair
+chimpanzee clock cloud cockroach couch crab crocodile cup dinosaur dolphin elephant flatfish forest fox girl hamster house kangaroo keyboard lamp lawn_mower
+leopard lion lizard lobster man maple_tree motorcycle mountain mouse mushroom oak_tree orange orchid otter palm_tree pear pickup_truck pine_tree plain plate
+poppy porcupine possum rabbit raccoon ray road rocket rose sea seal shark shrew skunk skyscraper snail snake spider squirrel streetcar sunflower sweet_pepper
+table tank telephone television tiger tractor train trout tulip turtle wardrobe whale willow_tree wolf woman worm""".split()
+
+def _cifar(root: Path, size: int, kind: int = 10) -> Raw:
+    folder = root / ("cifar-10-batches-py" if kind == 10 else "cifar-100-python")
+    names, label = ([*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"], "labels") if kind == 10 else (["train", "test"], "fine_labels")
+    files = [folder / n for n in names]
+    if not all(f.exists() for f in files):
+        import_torchvision()
+        from torchvision import datasets
+        official = datasets.CIFAR10 if kind == 10 else datasets.CIFAR100
+        _fetch(files, [([official.url], official.filename, official.tgz_md5)], root, root, f"put {official.filename} into {root}, or its files {', '.join(names)} into {folder}")
+    parts = [_cifar_part(f, label, kind) for f in files]
+    x, y = (np.concatenate([p[i] for p in parts[:-1]]) for i in (0, 1))
+    return Raw(x, y, *parts[-1], CIFAR10_CLASSES if kind == 10 else CIFAR100_CLASSES, f"CIFAR-{kind} (Krizhevsky 2009)", "none stated; cite the technical report")
+
+# %% ../nbs/02_data.ipynb #c038
+def _array(path: Path, x: np.ndarray, what: str) -> np.ndarray:
+    "Images as uint8 [N, H, W, C]: bytes as they are, floats in [0, 1] to the nearest of 256 levels."
+    x = x[..., None] if x.ndim == 3 else x
+    if x.ndim != 4 or x.shape[3] not in (1, 3): raise LabError(f"{path}: {what} has shape {x.shape}; expected [N, H, W], [N, H, W, 1] or [N, H, W, 3]")
+    if x.shape[1] != x.shape[2] or not len(x): raise LabError(f"{path}: {what} has shape {x.shape}; expected at least one image, all square")
+    if np.issubdtype(x.dtype, np.floating):
+        low, high = float(x.min()), float(x.max())  # not a number compares false
+        if not (0 <= low and high <= 1): raise LabError(f"{path}: {what} is {x.dtype} with values {low:g}..{high:g}; expected uint8, or finite floats in [0, 1]")
+        x = np.rint(x * 255).astype(np.uint8)
+    if x.dtype != np.uint8: raise LabError(f"{path}: {what} is {x.dtype}; expected uint8, or floats in [0, 1]")
+    return np.ascontiguousarray(x)
+
+def _labels(path: Path, y: np.ndarray, what: str, count: int) -> np.ndarray:
+    y = y[:, 0] if y.ndim == 2 and y.shape[1] == 1 else y
+    if y.ndim != 1 or not np.issubdtype(y.dtype, np.integer): raise LabError(f"{path}: {what} is {y.dtype} of shape {y.shape}; expected whole numbers [N]")
+    if len(y) != count: raise LabError(f"{path}: {what} has {len(y)} labels for {count} images; expected as many")
+    return y.astype(np.int64)
+
+def check_raw(path: Path, x_train, y_train, x_test, y_test, classes: list[str], source: str, licence: str) -> Raw:
+    "Four arrays from outside, checked."
+    x_train, x_test = _array(path, x_train, "x_train"), _array(path, x_test, "x_test")
+    if x_train.shape[1:] != x_test.shape[1:]: raise LabError(f"{path}: x_train is {x_train.shape[1:]} an image and x_test {x_test.shape[1:]}; expected the same")
+    y_train, y_test = _labels(path, y_train, "y_train", len(x_train)), _labels(path, y_test, "y_test", len(x_test))
+    found = np.unique(y_train)
+    c = len(found)
+    if c < 2 or not np.array_equal(found, np.arange(c)):
+        raise LabError(f"{path}: y_train holds classes {', '.join(map(str, found[:10]))}{', ...' if c > 10 else ''}; expected 0..C-1, at least two, each at least once")
+    if not 0 <= y_test.min() <= y_test.max() < c: raise LabError(f"{path}: y_test has labels {y_test.min()}..{y_test.max()}; expected 0..{c - 1} as in y_train")
+    if classes and len(classes) != c: raise LabError(f"{path}: {len(classes)} class names for {c} classes; expected as many")
+    return Raw(x_train, y_train, x_test, y_test, classes or [str(i) for i in range(c)], source, licence)
+
+def _load_array(path: Path) -> dict[str, np.ndarray] | np.ndarray:
+    "A .npy or .npz file, read whole; nothing in it is executed."
+    try:
+        with open(path, "rb") as f:
+            found = np.load(f, allow_pickle=False)
+            return {k: found[k] for k in found.files} if hasattr(found, "files") else found
+    except FileNotFoundError: raise LabError(f"{path} does not exist") from None
+    except Exception as e: raise _broken(path, f"{type(e).__name__}: {str(e).splitlines()[0][:150] if str(e) else 'empty'}") from None  # zip, zlib, header and shape errors
+
+KNOWN = {"cifar10_jpeg": (CIFAR10_CLASSES, "CIFAR-10 re-encoded as JPEG; not the official pixels", "none stated; cite the technical report")}
+
+def _npz(name: str, path: Path) -> Raw:
+    arrays = _load_array(path)
+    if not isinstance(arrays, dict) or (missing := {"x_train", "y_train", "x_test", "y_test"} - set(arrays)):
+        raise LabError(f"{path}: {'no ' + ', '.join(sorted(missing)) if isinstance(arrays, dict) else 'a single array'}; expected a .npz with x_train, y_train, x_test, y_test")
+    classes, source, licence = KNOWN.get(name, ([str(c) for c in arrays.get("classes", [])], path.name, "as its owner says"))
+    return check_raw(path, *(arrays[k] for k in ("x_train", "y_train", "x_test", "y_test")), classes, source, licence)
+
+# %% ../nbs/02_data.ipynb #c040
+TINY = dict(classes=200, per_class=500, test=10_000)  # what the complete folder holds
+
+def _decode(files: list[Path]) -> np.ndarray:
+    "Images of 64 x 64 as RGB, decoded by a few threads."
+    from concurrent.futures import ThreadPoolExecutor
+    from PIL import Image
+    def one(f):
+        try:
+            with Image.open(f) as image: pixels = np.asarray(image.convert("RGB"))
+        except Exception as e: raise _broken(f, f"{type(e).__name__}: {e}") from None
+        if pixels.shape != (64, 64, 3): raise _broken(f, f"{pixels.shape[1]} x {pixels.shape[0]} pixels, expected 64 x 64")
+        return pixels
+    with ThreadPoolExecutor(4) as pool: return np.stack(list(pool.map(one, files)))
+
+def _tiny_folder(folder: Path) -> Raw:
+    train, names = [], sorted(p.name for p in (folder / "train").glob("*") if p.is_dir())
+    if len(names) != TINY["classes"]: raise LabError(f"{folder}/train has {len(names)} class folders; expected {TINY['classes']} (extract tiny-imagenet-200.zip again)")
+    for name in names:
+        found = sorted((folder / "train" / name / "images").glob("*.JPEG"))
+        if len(found) != TINY["per_class"]: raise LabError(f"{folder}/train/{name}/images has {len(found)} images; expected {TINY['per_class']} (extract tiny-imagenet-200.zip again)")
+        train += found
+    notes = folder / "val" / "val_annotations.txt"
+    try: pairs = [line.split("\t")[:2] for line in notes.read_text().splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as e: raise _broken(notes, str(e)) from None
+    if len(pairs) != TINY["test"] or any(len(p) != 2 or p[1] not in names for p in pairs): raise _broken(notes, f"{len(pairs)} lines, expected {TINY['test']} of: file, class folder")
+    words = folder / "words.txt"
+    said = dict(line.split("\t", 1) for line in words.read_text(encoding="utf-8").splitlines() if "\t" in line) if words.exists() else {}
+    y_test = np.array([names.index(p[1]) for p in pairs])
+    return check_raw(folder, _decode(train), np.repeat(np.arange(len(names)), TINY["per_class"]), _decode([folder / "val" / "images" / p[0] for p in pairs]), y_test,
+                     [said.get(n, n).split(",")[0] for n in names], "Tiny-ImageNet (folder)", "ImageNet terms: non-commercial research")
+
+def _tiny_imagenet(root: Path, size: int) -> Raw:
+    files = [root / f"tiny_imagenet_{part}_{kind}.npy" for part in ("train", "test") for kind in ("images", "labels")]
+    there = [f for f in files if f.exists()]
+    advice = f"put {', '.join(f.name for f in files)} into {root}, or extract tiny-imagenet-200.zip to {root / 'tiny-imagenet-200'}"
+    if there and len(there) < 4: raise LabError(f"{', '.join(f.name for f in files if f not in there)} missing beside {there[0]}; {advice}")
+    if there: return check_raw(root / "tiny_imagenet_*.npy", *map(_load_array, files), [], "Tiny-ImageNet (npy)", "ImageNet terms: non-commercial research")
+    if (root / "tiny-imagenet-200").is_dir(): return _tiny_folder(root / "tiny-imagenet-200")
+    try: found = need("datasets", "hf").load_dataset("zh-plus/tiny-imagenet")
+    except Exception as e: raise LabError(f"cannot get tiny_imagenet from the Hugging Face hub ({str(e).splitlines()[0][:200] if str(e) else type(e).__name__}); {advice}") from None
+    def part(name): return np.stack([np.asarray(row["image"].convert("RGB")) for row in found[name]]), np.array([row["label"] for row in found[name]])
+    return check_raw("zh-plus/tiny-imagenet", *part("train"), *part("valid"), list(found["train"].features["label"].names), "Tiny-ImageNet (Hugging Face zh-plus/tiny-imagenet)",
+                     "ImageNet terms: non-commercial research")
+
+# %% ../nbs/02_data.ipynb #c042
+SOURCES = {"digits": _digits, "shapes": _shapes, "shapes100": functools.partial(_shapes, classes=100), "mnist": _mnist, "cifar10": _cifar,
+           "cifar100": functools.partial(_cifar, kind=100), "tiny_imagenet": _tiny_imagenet}
+ALIASES = {"cifar": "cifar10"}
+_PRESENT = {"mnist": "MNIST/raw", "cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python"}
+
+def data_folder(root: str = "") -> Path:
+    "Where files are looked for: `root`, else DKD_DATA, else data/ in the project."
+    return Path(root or os.environ.get("DKD_DATA", "") or project_root() / "data").expanduser()
+
+def _read(name: str, folder: Path, image_size: int) -> Raw:
+    "The arrays of a name; a `.npz` serves where there is no loader, or nothing downloaded for it yet."
+    npz = folder / f"{name}.npz"
+    if name in _PRESENT and npz.exists() and not (folder / _PRESENT[name]).exists(): return _npz(name, npz)
+    if name in SOURCES: return SOURCES[name](folder, image_size)
+    if re.fullmatch(r"[\w.+=-]+", name) and npz.exists(): return _npz(name, npz)
+    raise unknown("data set", name, {*SOURCES, *ALIASES, *(p.stem for p in folder.glob("*.npz"))}, f"(or put x_train, y_train, x_test, y_test into {folder / 'NAME.npz'})")
+
 def load_dataset(name: str,                   # digits, shapes, shapes100, mnist, cifar10, cifar100, tiny_imagenet, or a .npz in `root`
                  root: str = "",              # folder of the files; "" is DKD_DATA, else data/ in the project
-                 image_size: int = 0,         # resize to this; 0 is the data's own
+                 image_size: int = 0,         # resize to this (shapes are drawn at it); 0 is the data's own
                  val_fraction: float = 0.1,   # of the training images, for selection
                  split_seed: int = 42,        # decides which
                  limit: int = 0,              # n training images, stratified; 0 is all
                  normalization: str = "data", # "data": statistics of the training split; "constants": the usual CIFAR-10 ones
                 ) -> Dataset:
     "A data set by name: checked, split, measured."
-    folder = Path(root or os.environ.get("DKD_DATA", "") or project_root() / "data").expanduser()
-    raw = SOURCES[name](folder, image_size)
-    return make_dataset(name, raw, image_size, val_fraction, split_seed, limit, normalization)
+    name = ALIASES.get(name, name)
+    if not 0 <= val_fraction < 1: raise LabError(f"val_fraction={val_fraction}: expected at least 0 and below 1")
+    if image_size and not 4 <= image_size <= 1024: raise LabError(f"image_size={image_size}: expected 0 (the data's own) or 4 to 1024")
+    if limit < 0: raise LabError(f"limit={limit}: expected 0 (all) or a number of training images")
+    if normalization not in ("data", "constants"): raise unknown("normalization", normalization, ("data", "constants"))
+    if normalization == "constants" and name not in CONSTANTS: raise LabError(f"normalization='constants': known for {', '.join(CONSTANTS)} only; use 'data' for {name}")
+    return make_dataset(name, _read(name, data_folder(root), image_size), image_size, val_fraction, split_seed, limit, normalization)
+
+# %% ../nbs/02_data.ipynb #c058
+def splits_hash(dataset: Dataset) -> str:
+    "One hash of which images are train, val and test."
+    return array_hash(*(s.indices.numpy() for s in (dataset.train, dataset.val, dataset.test)))
+
+def save_splits(path: str | Path, dataset: Dataset) -> str:
+    "Write the original indices and their hash to an .npz, atomically; returns the hash."
+    digest = splits_hash(dataset)
+    with atomic_write(path) as f:
+        np.savez(f, **{part: getattr(dataset, part).indices.numpy() for part in ("train", "val", "test")}, hash=np.array(digest), sha256=np.array(dataset.sha256))
+    return digest
