@@ -35,7 +35,9 @@ class Backend:
     def file(self, path: Path) -> None: "A file to keep with the run."
     def artifact(self, path: Path, name: str, aliases: tuple, kind: str) -> None: "A versioned file that others ask for by name:alias."
     def close(self) -> None: "Flush and disconnect."
-    def abandon(self) -> None: "Called when waiting for `close` was given up: leave nothing that delays the end of the process."
+    def abandon(self) -> str:
+        "Waiting for `close` was given up: leave nothing that delays the end of the process; returns what to do later."
+        return ""
 
 # %% ../nbs/01_track.ipynb #c006
 def wandb_key() -> bool:
@@ -68,7 +70,7 @@ class Wandb(Backend):
             self.mode = "offline"
             with contextlib.suppress(Exception): wandb.teardown()
             self.start("offline")
-            raise Degraded(f"could not go online ({_short(e)}); tracking offline in {self.tracked.dir if self.tracked else self.run.path}, send it later with `wandb sync`") from e
+            raise Degraded(f"could not go online ({_short(e)}); tracking offline, send it later with `wandb sync {Path(self.tracked.dir).parent}`") from e
 
     def start(self, mode: str) -> None:
         wandb = self.wandb
@@ -89,6 +91,11 @@ class Wandb(Backend):
         artifact.add_file(str(path), policy="immutable")
         self.tracked.log_artifact(artifact, aliases=list(aliases))
     def close(self) -> None: self.tracked.finish()
+
+    def abandon(self) -> str:
+        self.mode = "abandoned"  # no second attempt
+        self.wandb.setup()._connection._proc._process.kill()  # else wandb's exit hook waits for the network, without end
+        return f"; send them later with `wandb sync {self.run.path / 'wandb'}/*run-*`"
 
 # %% ../nbs/01_track.ipynb #c008
 class Trackio(Backend):
@@ -156,7 +163,7 @@ IMAGE_BYTES = 2**28  # waiting pictures
 class Degraded(RuntimeError):
     "The backend runs, but not as asked."
 
-def _short(e: BaseException) -> str: return (str(e).strip().splitlines() or [type(e).__name__])[0][:200]
+def _short(e: BaseException) -> str: return (str(e).strip().splitlines() or [type(e).__name__])[0][:400]
 
 def _patience() -> float:
     given = os.environ.get("DKD_TRACKER_WAIT", "30")
@@ -204,8 +211,9 @@ class Tracker:
             except queue.Full: pass
             self.thread.join(max(0.0, end - time.monotonic()))
             if self.thread.is_alive() and not self.dead:
-                self._warn(f"did not finish in {self.patience:g} s; {self.calls.qsize()} calls were not sent")
-                with contextlib.suppress(Exception): self.backend.abandon()
+                hint = ""
+                with contextlib.suppress(Exception): hint = self.backend.abandon()
+                self._warn(f"did not finish in {self.patience:g} s; {self.calls.qsize()} calls were not sent{hint}")
         self._tell()
         if self.dropped: self._warn(f"was too slow; {self.dropped} calls were dropped")
 
@@ -233,7 +241,7 @@ class Tracker:
     def _work(self) -> None:
         try: self.backend.open()
         except Degraded as e: self.problems.append(_short(e))
-        except BaseException as e:
+        except BaseException as e:  # SystemExit too: it would end this thread without a word
             self.problems.append(f"did not start ({type(e).__name__}: {_short(e)})")
             self.dead = True
             return
@@ -276,7 +284,7 @@ def start_tracker(name: str,             # wandb, trackio, mlflow or none
         except LabError as e: warnings.warn(f"tracker {name} starts a new run, because {e}")
     return Tracker(name, kind(run, config, saved, job))
 
-# %% ../nbs/01_track.ipynb #c015
+# %% ../nbs/01_track.ipynb #c025
 @contextlib.contextmanager
 def _index_lock(seconds: float = 60):
     end = time.monotonic() + seconds
@@ -301,7 +309,7 @@ def index_artifact(path: str | Path, name: str, aliases: tuple = ("latest",), ki
     entry = dict(path=str(path.relative_to(root) if path.is_relative_to(root) else path), sha256=_sha256(path), kind=kind, time=time.time())
     with _index_lock(): write_json(runs_folder() / "artifacts.json", {"artifacts": _index() | {f"{name}:{alias}": entry for alias in aliases}})
 
-# %% ../nbs/01_track.ipynb #c016
+# %% ../nbs/01_track.ipynb #c026
 def resolve_artifact(reference: str,                # "model-<run>:best"; without an alias it is latest
                      project: str = "drifting_kd",  # where wandb looks, when the index does not have it
                     ) -> Path:
