@@ -18,14 +18,14 @@ __all__ = ['COLOURS', 'STYLE', 'WORDS', 'UNITS', 'LOWER', 'HIGHER', 'Picture', '
 
 # %% ../nbs/03_plots.ipynb #c005
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito: told apart by colour-blind readers
-STYLE = {"font.size": 10, "axes.titlesize": 10, "figure.titlesize": 11, "axes.spines.top": False, "axes.spines.right": False,
-         "axes.grid": True, "grid.alpha": .25, "grid.linewidth": .6, "lines.linewidth": 1.6, "axes.prop_cycle": matplotlib.cycler(color=COLOURS), "figure.dpi": 100}
+STYLE = {"font.size": 10, "axes.titlesize": 10, "figure.titlesize": 11, "axes.axisbelow": True, "axes.spines.top": False, "axes.spines.right": False,
+         "axes.grid": True, "grid.alpha": .25, "grid.linewidth": .6, "lines.linewidth": 1.6, "axes.prop_cycle": matplotlib.cycler(color=COLOURS), "figure.dpi": 90}
 
 class Picture(Figure):
     "A matplotlib figure that shows itself in a notebook without pyplot's list of open figures."
     def _repr_png_(self) -> bytes:
         out = io.BytesIO()
-        self.savefig(out, format="png", bbox_inches="tight", metadata={"Software": None})
+        self.savefig(out, format="png", bbox_inches="tight", metadata={"Software": None}, pil_kwargs={"optimize": True})
         return out.getvalue()
 
 def use_style() -> None:
@@ -84,13 +84,12 @@ def _line(runs: list[list[dict]], key: str, x: str) -> tuple:
 
 def _label_ends(ax, ends: list[tuple]) -> None:
     "Write each line's name beside its end, pushed apart where they would overlap."
-    gap, at = .085, -1.
+    gap, heights = .09, []
     places = sorted((ax.transAxes.inverted().transform(ax.transData.transform((x, y)))[1], x, y, name, colour) for name, x, y, colour in ends)
-    heights = []
-    for place, *_ in places: heights.append(at := max(place, at + gap))
-    down = max(0, heights[-1] - 1) if heights else 0
+    for place, *_ in places: heights.append(max(place, heights[-1] + gap) if heights else max(place, .03))  # upwards
+    for i in reversed(range(len(heights))): heights[i] = min(heights[i], .96 - gap * (len(heights) - 1 - i))   # and back below the top
     for height, (_, x, y, name, colour) in zip(heights, places):
-        ax.annotate(name, (x, y), xytext=(1.02, height - down), textcoords="axes fraction", color=colour, va="center", annotation_clip=False)
+        ax.annotate(name, (x, y), xytext=(1.02, height), textcoords="axes fraction", color=colour, va="center", annotation_clip=False)
 
 # %% ../nbs/03_plots.ipynb #c013
 def _panel(ax, runs: dict, key: str, x: str) -> None:
@@ -103,7 +102,8 @@ def _panel(ax, runs: dict, key: str, x: str) -> None:
         ax.plot(at, mean, color=colour, linestyle=("-", "--", ":")[i // len(COLOURS) % 3], marker="o" if finite.sum() == 1 else None)
         if len(seeds) > 1: ax.fill_between(at, mean - half, mean + half, color=colour, alpha=.2, linewidth=0)
         ends.append((f"{name} ({len(seeds)} seeds)" if len(seeds) > 1 else name, at[finite][-1], mean[finite][-1], colour))
-    ax.set(xlabel=x, ylabel=f"{metric_words(key)}{f' ({unit})' if unit else ''}")
+    band = any(len(seeds) > 1 for seeds in runs.values())
+    ax.set(xlabel=f"{x} (band: 95 % interval of the mean)" if band else x, ylabel=f"{metric_words(key)}{f' ({unit})' if unit else ''}")
     if not ends:
         ax.set_title(f"{metric_words(key)}: nothing recorded")
         return
@@ -253,7 +253,7 @@ def mistakes(images,
     wrong = np.flatnonzero(labels != predictions)
     worst = wrong[np.argsort(-sure[wrong], kind="stable")][:n]
     rate = f"{len(wrong):,} of {len(labels):,} wrong ({100 * len(wrong) / len(labels):.1f} %)"
-    return image_grid(images[worst], [f"{classes[predictions[i]]}? {classes[labels[i]]} ({100 * sure[i]:.0f} %)" for i in worst],
+    return image_grid(images[worst], [f"said {classes[predictions[i]]} ({100 * sure[i]:.0f} %), is {classes[labels[i]]}" for i in worst],
                       title=f"{rate}; the surest of them" if len(worst) else f"no mistake among {len(labels):,} images")
 
 # %% ../nbs/03_plots.ipynb #c036
