@@ -357,7 +357,7 @@ def draw_shapes(index: Tensor,          # int64 [B], which images
     for _ in range(2):  # clutter
         r = draw(.06, .22)
         _paint(image, SHAPES["disk"]((X - draw(-1, 1)) / r, (Y - draw(-1, 1)) / (r * draw(.4, 1.6))), r, draw(20, 235, (1, 1, 3)), draw(.4, 1), pixel)
-    turn, scale, stretch = draw(-.5, .5).astype(np.float64), draw(.6 if coloured else .5, .85 if coloured else .8), draw(.85, 1.18)
+    turn, scale, stretch = draw(-.3 if coloured else -.5, .3 if coloured else .5).astype(np.float64), draw(.6 if coloured else .5, .85 if coloured else .8), draw(.85, 1.18)
     cos, sin = np.round(np.cos(turn), 6).astype(np.float32), np.round(np.sin(turn), 6).astype(np.float32)
     x, y = (X - draw(-.25, .25)) / scale, (Y - draw(-.25, .25)) / scale
     u, v = (x * cos + y * sin) * stretch, (y * cos - x * sin) / stretch
@@ -371,7 +371,7 @@ def draw_shapes(index: Tensor,          # int64 [B], which images
     _paint(image, np.abs(X * cos + Y * sin - draw(-.5, .5)) - draw(.02, .06), one, draw(40, 200, (1, 1, 3)), one, pixel)
     noise = hash32(index[:, None] * size**2 + torch.arange(size**2), key, 1).numpy().reshape(-1, size, size, 1)
     grain = ((noise >> np.array([0, 10, 20])) & 1023).astype(np.float32) * np.float32(1 / 1023) - np.float32(.5)
-    return np.clip(np.rint(image + grain * draw(5, 30 if coloured else 50)[..., None]), 0, 255).astype(np.uint8)
+    return np.clip(np.rint(image + grain * draw(5, 25 if coloured else 50)[..., None]), 0, 255).astype(np.uint8)
 
 def _shapes(root: Path, size: int, classes: int = 10) -> Raw:
     train, test = (10_000, 2_000) if classes == 10 else (20_000, 4_000)
