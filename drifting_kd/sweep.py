@@ -19,10 +19,12 @@ def _numbers(x):
     if isinstance(x, list): return [_numbers(v) for v in x]
     return float(x) if isinstance(x, str) and _EXPONENT.fullmatch(x) else x
 
-def load_yaml(path: str | Path) -> dict:
+def load_yaml(path: str | Path,
+              text: bool = False, # leave every value as it is written, for a reader that knows the types
+             ) -> dict:
     "A YAML file that holds one mapping, with `1e-3` as the number it is and no name given twice."
     import yaml
-    class Loader(yaml.SafeLoader): pass
+    class Loader(yaml.BaseLoader if text else yaml.SafeLoader): pass
     def mapping(loader, node):
         keys = [loader.construct_object(k, deep=True) for k, _ in node.value]
         if twice := sorted({str(k) for k in keys if keys.count(k) > 1}): raise LabError(f"{path}: {', '.join(twice)} is given twice; keep one")
@@ -32,7 +34,7 @@ def load_yaml(path: str | Path) -> dict:
     except (OSError, UnicodeDecodeError) as e: raise LabError(f"cannot read {path} ({getattr(e, 'strerror', None) or e}); give an existing YAML file") from None
     except yaml.YAMLError as e: raise LabError(f"{path} is not YAML: {' '.join(str(e).split())}") from None
     if not isinstance(content, dict): raise LabError(f"{path}: expected `name: value` lines, got {type(content).__name__}")
-    return _numbers(content)
+    return content if text else _numbers(content)
 
 def load_matrix(path: str | Path) -> dict:
     "A matrix file, checked."
