@@ -4,7 +4,7 @@
 
 # %% ../nbs/02_data.ipynb #c002
 from __future__ import annotations
-import functools, gzip, hashlib, io, math, os, pickle, re, socket, zipfile
+import functools, hashlib, io, math, os, pickle, re, socket
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Iterator, NamedTuple
@@ -105,7 +105,7 @@ def stratified(labels: Tensor,   # int64 [N]
         raise LabError(f"class {k} has {int(counts[k])} images, too few to stratify; expected at least {1 + leave} of each class (add images, or use val_fraction=0)")
     if not len(counts) <= n <= int(most.sum()):
         raise LabError(f"cannot choose {n} of {len(labels)} images with each of {len(counts)} classes in it; expected between {len(counts)} and {int(most.sum())}")
-    share = counts * (n / len(labels))
+    share = counts.double() * n / len(labels)
     take = share.floor().long().clamp(min=1).minimum(most)
     while (gap := n - int(take.sum())) != 0:  # a few rounds: largest remainder first, within [1, most]
         can = take < most if gap > 0 else take > 1
@@ -231,7 +231,7 @@ def normalize(x: Tensor,           # uint8 [B, C, H, W]
     "`(x/255 - mean)/std` in fp32, rounded once to `dtype`."
     b, c, h, w = x.shape
     by, m, s = _constants(tuple(mean), tuple(std), w, x.device)
-    row = x.permute(0, 2, 3, 1).reshape(b, h, w * c).to(torch.float32)  # rows of pixels: channels alone are too short to be fast
+    row = x.permute(0, 2, 3, 1).reshape(b, h, w * c).to(torch.float32, copy=True)  # rows of pixels: channels alone are too short to be fast
     return row.div_(by).sub_(m).div_(s).to(dtype).view(b, h, w, c).permute(0, 3, 1, 2)
 
 # %% ../nbs/02_data.ipynb #c022
@@ -266,6 +266,7 @@ def pixel_stats(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
 def resize(images: Tensor, size: int) -> Tensor:
     "Square uint8 images at another size, bilinear with antialiasing."
     if images.shape[1] == images.shape[2] == size: return images
+    if not len(images): return images.new_zeros(0, size, size, images.shape[3])
     def one(part): return F.interpolate(part.permute(0, 3, 1, 2).float(), (size, size), mode="bilinear", antialias=True, align_corners=False)
     return torch.cat([one(part).round().clamp(0, 255).byte().permute(0, 2, 3, 1).contiguous() for part in images.split(4096)])
 
@@ -357,7 +358,7 @@ def draw_shapes(index: Tensor,          # int64 [B], which images
     for _ in range(2):  # clutter
         r = draw(.06, .22)
         _paint(image, SHAPES["disk"]((X - draw(-1, 1)) / r, (Y - draw(-1, 1)) / (r * draw(.4, 1.6))), r, draw(20, 235, (1, 1, 3)), draw(.4, 1), pixel)
-    turn, scale, stretch = draw(-.3 if coloured else -.5, .3 if coloured else .5).astype(np.float64), draw(.6 if coloured else .5, .85 if coloured else .8), draw(.85, 1.18)
+    turn, scale, stretch = draw(-.4 if coloured else -.5, .4 if coloured else .5).astype(np.float64), draw(.6 if coloured else .5, .85 if coloured else .8), draw(.85, 1.18)
     cos, sin = np.round(np.cos(turn), 6).astype(np.float32), np.round(np.sin(turn), 6).astype(np.float32)
     x, y = (X - draw(-.25, .25)) / scale, (Y - draw(-.25, .25)) / scale
     u, v = (x * cos + y * sin) * stretch, (y * cos - x * sin) / stretch
@@ -371,7 +372,7 @@ def draw_shapes(index: Tensor,          # int64 [B], which images
     _paint(image, np.abs(X * cos + Y * sin - draw(-.5, .5)) - draw(.02, .06), one, draw(40, 200, (1, 1, 3)), one, pixel)
     noise = hash32(index[:, None] * size**2 + torch.arange(size**2), key, 1).numpy().reshape(-1, size, size, 1)
     grain = ((noise >> np.array([0, 10, 20])) & 1023).astype(np.float32) * np.float32(1 / 1023) - np.float32(.5)
-    return np.clip(np.rint(image + grain * draw(5, 25 if coloured else 50)[..., None]), 0, 255).astype(np.uint8)
+    return np.clip(np.rint(image + grain * draw(5, 28 if coloured else 50)[..., None]), 0, 255).astype(np.uint8)
 
 def _shapes(root: Path, size: int, classes: int = 10) -> Raw:
     train, test = (10_000, 2_000) if classes == 10 else (20_000, 4_000)
@@ -621,7 +622,7 @@ def load_dataset(name: str,                   # digits, shapes, shapes100, mnist
     if normalization == "constants" and name not in CONSTANTS: raise LabError(f"normalization='constants': known for {', '.join(CONSTANTS)} only; use 'data' for {name}")
     return make_dataset(name, _read(name, data_folder(root), image_size), image_size, val_fraction, split_seed, limit, normalization)
 
-# %% ../nbs/02_data.ipynb #c058
+# %% ../nbs/02_data.ipynb #c059
 def splits_hash(dataset: Dataset) -> str:
     "One hash of which images are train, val and test."
     return array_hash(*(s.indices.numpy() for s in (dataset.train, dataset.val, dataset.test)))
