@@ -193,7 +193,8 @@ CONVOLUTIONS, BATCHNORMS = (nn.Conv1d, nn.Conv2d, nn.Conv3d), (nn.BatchNorm1d, n
 
 def foldable(model: nn.Module, prefix: str = "") -> list[tuple[str, str]]:
     "Names of (convolution, BatchNorm) pairs that may become one layer."
-    try: nodes = torch.fx.Tracer().trace(model).nodes
+    optional = {n: p.default for n, p in inspect.signature(model.forward).parameters.items() if p.default is not p.empty}  # traced as a plain call uses them
+    try: nodes = torch.fx.Tracer().trace(model, concrete_args=optional).nodes
     except Exception:  # control flow that depends on numbers cannot be traced, but perhaps its parts can
         return [pair for name, child in model.named_children() for pair in foldable(child, f"{prefix}{name}.")]
     used = Counter(n.target if n.op == "call_module" else n.target.rpartition(".")[0] for n in nodes if n.op in ("call_module", "get_attr"))
@@ -233,8 +234,8 @@ def load_checkpoint(path: str | Path) -> dict:
         found = re.search(r"GLOBAL ([\w.]+)", str(e))
         raise LabError(f"checkpoint {path} holds more than tensors and plain values{f' ({found[1]})' if found else ''}; refused, nothing in it was run") from None
     except OSError as e: raise LabError(f"cannot read checkpoint {path} ({e.strerror or e}); check its permissions") from None
-    except LabError: raise
-    except (zipfile.BadZipFile, RuntimeError, EOFError, ValueError, KeyError): raise damaged from None
+    except (LabError, MemoryError): raise
+    except Exception: raise damaged from None  # a broken zip or pickle can fail in any way
     missing = [k for k in CHECKPOINT_KEYS if not isinstance(checkpoint, dict) or k not in checkpoint]
     if missing: raise LabError(f"{path} is not a checkpoint of this package: {', '.join(missing)} missing; give a .pt file that a run wrote")
     return checkpoint
@@ -316,11 +317,12 @@ def frozen(source,                 # a module, a run folder, a run's name, or a 
           ) -> Frozen:
     "One object for teacher, encoder and judge; the source is copied and stays as it was."
     if isinstance(source, nn.Module): model, name, task = source, model_name(source), {}
+    elif not isinstance(source, (str, Path)): raise LabError(f"frozen got a {type(source).__name__}; expected a module, a run folder, a run's name or a checkpoint file")
     else:
         path = _resolve(source)
         checkpoint = load_checkpoint(path)
         model, task = checkpoint_model(checkpoint), checkpoint["task"] or {}
-        name = path.parent.name if path.name == "final_model.pt" else path.stem
+        name = path.parent.name if path.name == "final_model.pt" else f"{path.parent.parent.name}/{path.stem}" if path.parent.name == "checkpoints" else path.stem
     mean, std = (task.get(key) if given is None else given for key, given in (("mean", mean), ("std", std)))
     if mean is None or std is None or len(mean) != len(std): raise LabError(f"{name}: no normalisation of its own; give mean= and std=, one number a channel")
     return Frozen(model, mean, std, name, device, dtype, channels_last)

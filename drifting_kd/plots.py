@@ -19,7 +19,7 @@ __all__ = ['COLOURS', 'STYLE', 'WORDS', 'UNITS', 'LOWER', 'HIGHER', 'Picture', '
 # %% ../nbs/03_plots.ipynb #c005
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito: told apart by colour-blind readers
 STYLE = {"font.size": 10, "axes.titlesize": 10, "figure.titlesize": 11, "axes.axisbelow": True, "axes.spines.top": False, "axes.spines.right": False,
-         "axes.grid": True, "grid.alpha": .25, "grid.linewidth": .6, "lines.linewidth": 1.6, "axes.prop_cycle": matplotlib.cycler(color=COLOURS), "figure.dpi": 90}
+         "axes.grid": True, "grid.alpha": .25, "grid.linewidth": .6, "lines.linewidth": 1.6, "axes.prop_cycle": matplotlib.cycler(color=COLOURS), "figure.dpi": 85}
 
 class Picture(Figure):
     "A matplotlib figure that shows itself in a notebook without pyplot's list of open figures."
