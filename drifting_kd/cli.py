@@ -4,7 +4,7 @@
 
 # %% ../nbs/16_cli.ipynb #c002
 from __future__ import annotations
-import argparse, ast, datetime, json, os, re, sys, time
+import argparse, ast, datetime, json, logging, os, re, sys, time
 from pathlib import Path
 from .core import LabError, check_value, list_runs, project_root, run_state, runs_folder, unknown
 from .sweep import expand, load_matrix, load_yaml
@@ -108,6 +108,9 @@ def execute(notebook: Path, typed: dict, output: Path) -> None:
     except papermill.PapermillExecutionError as e:
         raise LabError(f"{e.evalue if e.ename == 'LabError' else f'{e.ename}: {e.evalue}'}{where}") from None
     except DeadKernelError: raise LabError(f"the kernel died (out of memory or killed); continue with -p resume True{where.replace('the traceback', 'what it did')}") from None
+    except KeyboardInterrupt:
+        logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # nbclient leaves a task behind, whose traceback would be the last thing on the screen
+        raise
 
 def run_command(args) -> int:
     notebook = find_notebook(args.notebook)

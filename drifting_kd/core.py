@@ -331,12 +331,21 @@ class Run:
             folder.mkdir(parents=True, exist_ok=True)
             self.path = found or self._create(folder)
             self._take_lock()
-            if found: self.resumed = True
+            if found:
+                self.resumed = True
+                for part in self.path.rglob(".*.part"): part.unlink()  # what a kill left half-written
             else:
                 for sub in ("checkpoints", "figures", "samples", "eval"): (self.path / sub).mkdir()
                 write_json(self.path / "config.json", dict(kind=kind, hash=cfg.hash(), **plain(cfg) | {"run_name": self.name}))
                 write_json(self.path / "environment.json", environment(cfg.seed, getattr(cfg, "device", None)))
         except OSError as e: raise LabError(f"cannot write to {e.filename or folder} ({e.strerror}); free the disk, fix the permissions or set DKD_ROOT to another folder") from e
+
+    @classmethod
+    def join(cls, cfg: Config, kind: str, path: str, resumed: bool) -> Run:
+        "The run that another process of the same training made; this one only reads."
+        run = cls.__new__(cls)
+        run.cfg, run.kind, run.path, run.resumed, run.writes = cfg, kind, Path(path), resumed, False
+        return run
 
     @property
     def name(self) -> str: return self.path.name

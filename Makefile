@@ -1,0 +1,46 @@
+# make run   train ResNet-8 on the embedded digits and say where everything is
+# make test  everything that CI checks
+# make lab   JupyterLab on the notebooks
+# Each makes .venv by itself. PYTHON=python3.12 make run chooses the interpreter (3.11 to 3.13).
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+INPUTS := settings.ini setup.py constraints.txt
+
+.PHONY: run test lab slow notebooks clean
+run: .venv/ready
+	@mkdir -p runs
+	$(BIN)/papermill nbs/train.ipynb runs/quickstart.ipynb -p optimizer adamw
+	@echo "notebook  runs/quickstart.ipynb"
+	@$(BIN)/dkd runs --last 1 --paths
+
+test: .venv/ready-dev
+	$(BIN)/python -m pytest -q tests -m "not slow" --durations=10
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive WANDB_MODE=offline $(BIN)/nbdev_test --n_workers 2 --timing
+
+lab: .venv/ready
+	$(BIN)/jupyter lab --notebook-dir=. nbs
+
+slow: .venv/ready-dev
+	$(BIN)/python -m pytest -q tests --durations=10
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive WANDB_MODE=offline $(BIN)/nbdev_test --n_workers 2 --timing --flags slow
+
+# what a contributor runs before a commit: library from notebooks, notebooks without noise
+notebooks: .venv/ready-dev
+	$(BIN)/nbdev_export
+	$(BIN)/nbdev_clean
+
+.venv/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || { echo "Python 3.11 to 3.13 is needed; $(PYTHON) is `$(PYTHON) -V`. Try: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 1; }
+	$(PYTHON) -m venv .venv
+
+.venv/ready: .venv/bin/python $(INPUTS)
+	$(PIP) -e .
+	@touch $@
+
+.venv/ready-dev: .venv/ready
+	$(PIP) -e ".[dev]"
+	@touch $@
+
+clean:
+	rm -rf .venv build *.egg-info

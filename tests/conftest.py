@@ -1,0 +1,35 @@
+"Shared by the tests that need real processes."
+import json, os, subprocess, sys
+from pathlib import Path
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY = dict(tracker="none", device="cpu", threads=1, limit=300, epochs=3, batch_size=50, log_every=2, eval_every=1)
+
+def pytest_configure(config): config.addinivalue_line("markers", "slow: minutes, not seconds; make slow and .ci/run run them")
+
+@pytest.fixture
+def lab(tmp_path, monkeypatch):
+    "An empty root for runs."
+    monkeypatch.setenv("DKD_ROOT", str(tmp_path))
+    monkeypatch.setenv("IN_TEST", "1")
+    monkeypatch.setenv("OMP_WAIT_POLICY", "passive")
+    return tmp_path
+
+def train(patch: str = "", launcher: list[str] = (), wait: bool = True, **settings):
+    "Train in a process of its own; `patch` is code that runs there before training."
+    command = [sys.executable, *launcher, str(ROOT / "tests" / "train_once.py"), json.dumps(TINY | settings), patch]
+    if not wait: return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+def losses(run: Path) -> list:
+    "The numbers of a run that must not depend on when or where it ran."
+    names = ("train/loss", "train/accuracy", "train/grad_norm", "train/lr", "val/")
+    return [(line["step"], {k: v for k, v in line.items() if k.startswith(names)}) for line in map(json.loads, (run / "metrics.jsonl").read_text().splitlines())]
+
+def weights(run: Path) -> dict:
+    import torch
+    return torch.load(run / "final_model.pt", weights_only=True)["model"]
+
+def same_weights(a: Path, b: Path) -> bool:
+    return all(x.equal(y) for x, y in zip(weights(a).values(), weights(b).values(), strict=True))

@@ -1,0 +1,46 @@
+"Two processes (gloo) give the losses of one with the same global batch, to summation order; one of them writes."
+import json, socket
+import pytest
+from conftest import losses, train, weights
+
+NO_BATCHNORM = "import drifting_kd.train as t, torch; create = t.create_model\ndef plain(*a, **k):\n    m = create(*a, **k)\n    for x in m.modules():\n        for n, c in x.named_children():\n            if isinstance(c, torch.nn.BatchNorm2d): setattr(x, n, torch.nn.Identity())\n    return m\nt.create_model = plain"
+def two_processes() -> list[str]:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        port = s.getsockname()[1]
+    return ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_addr", "127.0.0.1", "--master_port", str(port)]
+
+def differences(a, b) -> list[float]:
+    "The largest relative difference of each logged step: rounding at first, then what ReLU and BatchNorm make of it."
+    a, b = ([(step, {k: v for k, v in m.items() if k.startswith("train/")}) for step, m in x] for x in (a, b))
+    assert [(s, sorted(m)) for s, m in a] == [(s, sorted(m)) for s, m in b]
+    return [max(abs(m[k] - n[k]) / max(1, abs(m[k])) for k in m) for (_, m), (_, n) in zip(a, b) if m]
+
+def summary(run) -> dict: return json.loads((run / "metrics.json").read_text())
+
+@pytest.mark.parametrize("patch", [NO_BATCHNORM, ""], ids=["without BatchNorm", "with BatchNorm"])
+def test_two_processes_are_one(lab, patch):
+    settings = dict(epochs=2, log_every=1, lr=0.02)
+    one, two = train(patch, run_name="one", **settings), train(patch, two_processes(), run_name="two", **settings)
+    assert one.returncode == 0 and two.returncode == 0, two.stderr[-3000:]
+    a, b = lab / "runs/one", lab / "runs/two"
+    assert (summary(a)["processes"], summary(b)["processes"]) == (1, 2)
+    gaps = differences(losses(a), losses(b))
+    assert len(gaps) == 12 and max(gaps[:3]) < 1e-4 and max(gaps) < 1e-2, gaps
+    for name in ("running_mean", "running_var"):
+        for key in (k for k in weights(a) if k.endswith(name)): assert (weights(a)[key] - weights(b)[key]).abs().max() < 1e-3
+    for key, tolerance in (("test/accuracy", 0.02), ("val/loss", 1e-2)): assert abs(summary(a)[key] - summary(b)[key]) < tolerance # metrics cover all ranks
+    assert [p.name for p in (lab / "runs").iterdir() if p.is_dir() and p.name.startswith("two")] == ["two"] # one rank makes the folder
+
+def test_processes_parameter(lab):
+    "The same from one process that launches the others, as a notebook does."
+    for name, processes in (("one", 1), ("two", 2)):
+        out = train(run_name=name, processes=processes, epochs=1, log_every=1, lr=0.02)
+        assert out.returncode == 0, out.stderr[-3000:]
+    assert summary(lab / "runs/two")["processes"] == 2
+    gaps = differences(losses(lab / "runs/one"), losses(lab / "runs/two"))
+    assert max(gaps[:3]) < 1e-4 and max(gaps) < 1e-2, gaps
+
+def test_a_batch_that_does_not_divide_is_refused(lab):
+    out = train(processes=2, batch_size=51)
+    assert out.returncode == 1 and "does not divide among 2 processes" in out.stderr
