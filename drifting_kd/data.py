@@ -154,13 +154,14 @@ class Batch(NamedTuple):
 _ORDER, _VIEW = 1, 2  # streams of the hash
 BLOCK = 512           # images a gather; several small batches share one
 
+# %% ../nbs/02_data.ipynb #c019
 class Batches:
     "One epoch of batches; pixels and views depend on (seed, epoch, index) only, the order on (seed, epoch)."
     def __init__(self,
                  split: Split,                    # what to read
                  batch_size: int,                 # over all ranks
-                 seed: int,
-                 epoch: int = 0,
+                 seed: int,                       # of order and views
+                 epoch: int = 0,                  # counts the passes
                  augment: bool = True,            # random views; otherwise the image as it is
                  shuffle: bool = True,
                  drop_last: bool = True,          # leave out a last batch that is not full
@@ -174,8 +175,8 @@ class Batches:
         if not 0 <= rank < world: raise LabError(f"rank={rank} of world={world}: expected 0 <= rank < world")
         if batch_size < 1 or batch_size % world: raise LabError(f"batch_size={batch_size} cannot be shared by {world} processes; expected a positive multiple of {world}")
         if drop_last and len(split) < batch_size: raise LabError(f"batch_size={batch_size} is more than the {len(split)} images; use at most {len(split)}, or drop_last=False")
-        self.split, self.batch_size, self.seed, self.epoch, self.start = split, batch_size, seed, epoch, start
-        self.augment, self.shuffle, self.drop_last, self.rank, self.world, self.device = augment, shuffle, drop_last, rank, world, torch.device(device)
+        self.split, self.batch_size, self.seed, self.epoch, self.start, self.device = split, batch_size, seed, epoch, start, torch.device(device)
+        self.augment, self.shuffle, self.drop_last, self.rank, self.world = augment, shuffle, drop_last, rank, world
         self.crop_padding = split.crop_padding if crop_padding is None else crop_padding
         self.flip = split.flip if flip is None else flip
 
@@ -204,9 +205,8 @@ class Batches:
         p = self.crop_padding if self.augment else 0
         images, labels, indices = self.split.on(self.device, p)
         rows, sizes = self.rows()
-        y, index = labels[rows], indices[rows]
+        y, index, at = labels[rows], indices[rows], 0
         view = self.views(index)
-        at = 0
         while sizes:
             count = max(1, BLOCK // max(1, sizes[0]))
             now, sizes = sizes[:count], sizes[count:]
@@ -215,7 +215,7 @@ class Batches:
             for batch in zip(*(t.split(now) for t in (x, y[part], index[part], view[part]))): yield Batch(*batch)
             at = part.stop
 
-# %% ../nbs/02_data.ipynb #c019
+# %% ../nbs/02_data.ipynb #c021
 @functools.lru_cache(maxsize=64)
 def _constants(mean: tuple, std: tuple, width: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     "255, mean and std on the device (made once: a copy to a GPU would wait for it), repeated to the length of an image row."
@@ -234,7 +234,7 @@ def normalize(x: Tensor,           # uint8 [B, C, H, W]
     row = x.permute(0, 2, 3, 1).reshape(b, h, w * c).to(torch.float32, copy=True)  # rows of pixels: channels alone are too short to be fast
     return row.div_(by).sub_(m).div_(s).to(dtype).view(b, h, w, c).permute(0, 3, 1, 2)
 
-# %% ../nbs/02_data.ipynb #c022
+# %% ../nbs/02_data.ipynb #c024
 class Raw(NamedTuple):
     "What a source delivers."
     x_train: np.ndarray    # uint8 [N, H, W, C]
@@ -270,7 +270,7 @@ def resize(images: Tensor, size: int) -> Tensor:
     def one(part): return F.interpolate(part.permute(0, 3, 1, 2).float(), (size, size), mode="bilinear", antialias=True, align_corners=False)
     return torch.cat([one(part).round().clamp(0, 255).byte().permute(0, 2, 3, 1).contiguous() for part in images.split(4096)])
 
-# %% ../nbs/02_data.ipynb #c024
+# %% ../nbs/02_data.ipynb #c026
 CONSTANTS = {n: ((.4914, .4822, .4465), (.2023, .1994, .2010)) for n in ("cifar10", "cifar10_jpeg")}  # the usual ones; the std is a mean of per-image ones
 _VAL, _LIMIT, _TEST = 11, 12, 13  # streams of the hash
 
@@ -292,7 +292,7 @@ def make_dataset(name: str, raw: Raw, image_size: int = 0, val_fraction: float =
     return Dataset(name, train, val, test, list(raw.classes), mean, std, size // 8, flip,
                    array_hash(raw.x_train, raw.y_train, raw.x_test, raw.y_test), raw.source, raw.licence)
 
-# %% ../nbs/02_data.ipynb #c026
+# %% ../nbs/02_data.ipynb #c028
 def _digits(root: Path, size: int) -> Raw:
     from sklearn.datasets import load_digits
     found = load_digits()
@@ -302,7 +302,7 @@ def _digits(root: Path, size: int) -> Raw:
     test[stratified(torch.from_numpy(y), round(.2 * len(y)), 0, _TEST).numpy()] = True
     return Raw(x[~test], y[~test], x[test], y[test], [str(d) for d in range(10)], "scikit-learn digits (UCI optical recognition of handwritten digits)", "CC BY 4.0")
 
-# %% ../nbs/02_data.ipynb #c028
+# %% ../nbs/02_data.ipynb #c030
 def _half_planes(u, v, k: int) -> np.ndarray:
     angles = [math.pi / 2 + 2 * math.pi * j / k for j in range(k)]
     return np.stack([u * np.float32(round(math.cos(a), 6)) + v * np.float32(round(math.sin(a), 6)) for a in angles])
@@ -325,7 +325,7 @@ SHAPES = {
 COLOURS = {"red": (220, 40, 40), "orange": (240, 140, 30), "yellow": (235, 225, 50), "green": (50, 170, 60), "cyan": (60, 210, 215),
            "blue": (45, 75, 215), "purple": (140, 50, 180), "pink": (245, 140, 190), "brown": (120, 75, 40), "white": (245, 245, 245)}
 
-# %% ../nbs/02_data.ipynb #c030
+# %% ../nbs/02_data.ipynb #c032
 class _Draw:
     "Uniform draws for each image by number, as float32 [B, 1, 1] (or [B, 1, 1, 3])."
     def __init__(self, index: Tensor, key: int): self.index, self.key, self.at = index, key, 0
@@ -358,7 +358,7 @@ def draw_shapes(index: Tensor,          # int64 [B], which images
     for _ in range(2):  # clutter
         r = draw(.06, .22)
         _paint(image, SHAPES["disk"]((X - draw(-1, 1)) / r, (Y - draw(-1, 1)) / (r * draw(.4, 1.6))), r, draw(20, 235, (1, 1, 3)), draw(.4, 1), pixel)
-    turn, scale, stretch = draw(-.4 if coloured else -.5, .4 if coloured else .5).astype(np.float64), draw(.6 if coloured else .5, .85 if coloured else .8), draw(.85, 1.18)
+    turn, scale, stretch = draw(-.3 if coloured else -.5, .3 if coloured else .5).astype(np.float64), draw(.6 if coloured else .5, .85 if coloured else .8), draw(.85, 1.18)
     cos, sin = np.round(np.cos(turn), 6).astype(np.float32), np.round(np.sin(turn), 6).astype(np.float32)
     x, y = (X - draw(-.25, .25)) / scale, (Y - draw(-.25, .25)) / scale
     u, v = (x * cos + y * sin) * stretch, (y * cos - x * sin) / stretch
@@ -367,15 +367,16 @@ def draw_shapes(index: Tensor,          # int64 [B], which images
     for k, distance in enumerate(SHAPES.values()):
         if (mine := shape == k).any(): d[mine] = distance(u[mine], v[mine])
     paint = np.array(list(COLOURS.values()), dtype=np.float32)[colour].reshape(-1, 1, 1, 3) + draw(-18, 18, (1, 1, 3))
-    _paint(image, d, scale, paint, draw(.8 if coloured else .6, 1), pixel)  # a colour must be seen to be named
+    clear = draw(.8, 1) * np.where(draw(0, 1) < .12, np.float32(.15), one) if coloured else draw(.6, 1)  # of a hundred classes, one image in eight is nearly invisible, the others easy
+    _paint(image, d, scale, paint, clear, pixel)
     cos, sin = draw(-1, 1), draw(-1, 1)  # a strip in front
     _paint(image, np.abs(X * cos + Y * sin - draw(-.5, .5)) - draw(.02, .06), one, draw(40, 200, (1, 1, 3)), one, pixel)
     noise = hash32(index[:, None] * size**2 + torch.arange(size**2), key, 1).numpy().reshape(-1, size, size, 1)
     grain = ((noise >> np.array([0, 10, 20])) & 1023).astype(np.float32) * np.float32(1 / 1023) - np.float32(.5)
-    return np.clip(np.rint(image + grain * draw(5, 28 if coloured else 50)[..., None]), 0, 255).astype(np.uint8)
+    return np.clip(np.rint(image + grain * draw(5, 20 if coloured else 50)[..., None]), 0, 255).astype(np.uint8)
 
 def _shapes(root: Path, size: int, classes: int = 10) -> Raw:
-    train, test = (10_000, 2_000) if classes == 10 else (20_000, 4_000)
+    train, test = (10_000, 2_000) if classes == 10 else (25_000, 4_000)
     index = torch.arange(train + test)
     y = permutation(train + test, classes, 3) % classes
     x = np.concatenate([draw_shapes(i, k.numpy(), size or 32, classes == 100, key=classes) for i, k in zip(index.split(500), y.split(500))])
@@ -383,7 +384,7 @@ def _shapes(root: Path, size: int, classes: int = 10) -> Raw:
     names = list(SHAPES) if classes == 10 else [f"{c} {s}" for s in SHAPES for c in COLOURS]
     return Raw(x[:train], y[:train], x[train:], y[train:], names, f"drawn by drifting_kd ({classes} classes)", "Apache-2.0")
 
-# %% ../nbs/02_data.ipynb #c032
+# %% ../nbs/02_data.ipynb #c034
 MD5 = {  # of the unpacked official files
     "train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb", "train-labels-idx1-ubyte": "a25bea736e30d166cdddb491f175f624",
     "t10k-images-idx3-ubyte": "2646ac647ad5339dbf082846283269ea", "t10k-labels-idx1-ubyte": "27ae3e4e09519cfbb04c329615203637",
@@ -424,7 +425,7 @@ def _fetch(files: list[Path],                       # what must be there in the 
     finally: socket.setdefaulttimeout(before)
     if missing := [f.name for f in files if not f.exists()]: raise LabError(f"{', '.join(missing)} not in {files[0].parent} after unpacking; {advice}")
 
-# %% ../nbs/02_data.ipynb #c034
+# %% ../nbs/02_data.ipynb #c036
 def _idx(path: Path, dims: int) -> np.ndarray:
     "An array in MNIST's format."
     content = _verified(path)
@@ -450,7 +451,7 @@ def _mnist(root: Path, size: int) -> Raw:
     parts = [_labelled(files[i], _idx(files[i], 3)[..., None], _idx(files[i + 1], 1), 10) for i in (0, 2)]
     return Raw(*parts[0], *parts[1], [str(d) for d in range(10)], "MNIST (LeCun, Cortes, Burges)", "CC BY-SA 3.0", flip=False)
 
-# %% ../nbs/02_data.ipynb #c036
+# %% ../nbs/02_data.ipynb #c038
 class _ArraysOnly(pickle.Unpickler):
     "Rebuilds plain containers and numpy arrays; any other name in the file is refused, not looked up."
     rebuild = np.zeros(0).__reduce__()[0]
@@ -492,7 +493,7 @@ def _cifar(root: Path, size: int, kind: int = 10) -> Raw:
     x, y = (np.concatenate([p[i] for p in parts[:-1]]) for i in (0, 1))
     return Raw(x, y, *parts[-1], CIFAR10_CLASSES if kind == 10 else CIFAR100_CLASSES, f"CIFAR-{kind} (Krizhevsky 2009)", "none stated; cite the technical report")
 
-# %% ../nbs/02_data.ipynb #c038
+# %% ../nbs/02_data.ipynb #c040
 def _array(path: Path, x: np.ndarray, what: str) -> np.ndarray:
     "Images as uint8 [N, H, W, C]: bytes as they are, floats in [0, 1] to the nearest of 256 levels."
     x = x[..., None] if x.ndim == 3 else x
@@ -542,7 +543,7 @@ def _npz(name: str, path: Path) -> Raw:
     classes, source, licence = KNOWN.get(name, ([str(c) for c in arrays.get("classes", [])], path.name, "as its owner says"))
     return check_raw(path, *(arrays[k] for k in ("x_train", "y_train", "x_test", "y_test")), classes, source, licence)
 
-# %% ../nbs/02_data.ipynb #c040
+# %% ../nbs/02_data.ipynb #c042
 TINY = dict(classes=200, per_class=500, test=10_000)  # what the complete folder holds
 
 def _decode(files: list[Path]) -> np.ndarray:
@@ -587,7 +588,7 @@ def _tiny_imagenet(root: Path, size: int) -> Raw:
     return check_raw("zh-plus/tiny-imagenet", *part("train"), *part("valid"), list(found["train"].features["label"].names), "Tiny-ImageNet (Hugging Face zh-plus/tiny-imagenet)",
                      "ImageNet terms: non-commercial research")
 
-# %% ../nbs/02_data.ipynb #c042
+# %% ../nbs/02_data.ipynb #c044
 SOURCES = {"digits": _digits, "shapes": _shapes, "shapes100": functools.partial(_shapes, classes=100), "mnist": _mnist, "cifar10": _cifar,
            "cifar100": functools.partial(_cifar, kind=100), "tiny_imagenet": _tiny_imagenet}
 ALIASES = {"cifar": "cifar10"}
@@ -622,7 +623,7 @@ def load_dataset(name: str,                   # digits, shapes, shapes100, mnist
     if normalization == "constants" and name not in CONSTANTS: raise LabError(f"normalization='constants': known for {', '.join(CONSTANTS)} only; use 'data' for {name}")
     return make_dataset(name, _read(name, data_folder(root), image_size), image_size, val_fraction, split_seed, limit, normalization)
 
-# %% ../nbs/02_data.ipynb #c059
+# %% ../nbs/02_data.ipynb #c061
 def splits_hash(dataset: Dataset) -> str:
     "One hash of which images are train, val and test."
     return array_hash(*(s.indices.numpy() for s in (dataset.train, dataset.val, dataset.test)))
