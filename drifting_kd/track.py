@@ -75,7 +75,7 @@ class Wandb(Backend):
     def start(self, mode: str) -> None:
         wandb = self.wandb
         settings = wandb.Settings(silent=True, quiet=True, console="off", disable_git=True, disable_code=True, save_code=False, disable_job_creation=True, x_disable_meta=True,
-                                  x_disable_machine_info=True, init_timeout=15, login_timeout=10)
+                                  x_disable_machine_info=True, init_timeout=float(os.environ.get("WANDB_INIT_TIMEOUT", 15)), login_timeout=10)
         self.tracked = wandb.init(project=self.project, name=self.name, id=self.id, dir=str(self.run.path), mode=mode, config=self.config, group=self.run.name if self.job else None,
                                   job_type=self.job or "train", resume="allow" if mode == "online" else None, settings=settings)
         self.tracked.define_metric("*", step_metric="step")  # wandb's own step can't go back to a checkpoint's, ours can
