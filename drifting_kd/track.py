@@ -94,8 +94,8 @@ class Wandb(Backend):
 
     def abandon(self) -> str:
         self.mode = "abandoned"  # no second attempt
-        self.wandb.setup()._connection._proc._process.kill()  # else wandb's exit hook waits for the network, without end
-        return f"; send them later with `wandb sync {self.run.path / 'wandb'}/*run-*`"
+        self.wandb.setup()._connection._cleanup()  # else wandb's exit hook waits for the network, without end; its service goes when this process does
+        return f"; send what is missing later with `wandb sync {self.run.path / 'wandb'}/*run-*`"
 
 # %% ../nbs/01_track.ipynb #c008
 class Trackio(Backend):
@@ -213,7 +213,7 @@ class Tracker:
             if self.thread.is_alive() and not self.dead:
                 hint = ""
                 with contextlib.suppress(Exception): hint = self.backend.abandon()
-                self._warn(f"did not finish in {self.patience:g} s; {self.calls.qsize()} calls were not sent{hint}")
+                self._warn(f"did not finish in {self.patience:g} s, with {self.calls.qsize()} calls waiting{hint}")
         self._tell()
         if self.dropped: self._warn(f"was too slow; {self.dropped} calls were dropped")
 

@@ -41,9 +41,9 @@ class TrainConfig(Config):
     processes: int = param(1, "data-parallel processes; they share batch_size and the BatchNorm statistics", low=1, high=1024)
     precision: str = param("fp32", "fp32, bf16 or fp16", choices=("fp32", "bf16", "fp16"))
     model: str = param("resnet8", "name of the network")
-    epochs: int = param(10, "passes over the training images", low=1, high=100_000)
+    epochs: int = param(40, "passes over the training images", low=1, high=100_000)
     steps: int = param(0, "optimiser steps instead of epochs; then every cadence below counts steps", low=0)
-    batch_size: int = param(128, "images a step, over all processes", low=1)
+    batch_size: int = param(64, "images a step, over all processes", low=1)
     optimizer: str = param("sgd", "sgd, nesterov, adamw, muon, lion or any name of timm's factory")
     lr: float = param(0.0, "learning rate; 0 is the optimiser's own", low=0, high=100)
     momentum: float = param(-1.0, "momentum; below 0 is the optimiser's own", low=-1, high=0.9999)
@@ -312,7 +312,7 @@ class _Loop:
         self.steps_per_epoch = math.ceil(batches / cfg.accumulation)
         self.total = cfg.steps or cfg.epochs * self.steps_per_epoch
         self.unit = 1 if cfg.steps else self.steps_per_epoch  # what eval_every and save_every count, in steps
-        self.step, self.best, self.since_best, self.seconds, self.last_metrics = 0, None, 0, 0.0, {}
+        self.step, self.best, self.since_best, self.seconds, self.last_metrics = 0, None, 0, (0.0, 0.0), {}
         self._reset()
 
     def _reset(self) -> None:
@@ -410,8 +410,9 @@ class _Loop:
         name, direction = self.task.monitor
         value = metrics.get(name)
         if value is None or not math.isfinite(value): return False
-        improved = self.best is None or (value > self.best["value"] if direction == "max" else value < self.best["value"])
-        self.best, self.since_best = (dict(value=value, step=self.step), 0) if improved else (self.best, self.since_best + 1)
+        gain = math.inf if self.best is None else (value - self.best["value"]) * (1 if direction == "max" else -1)
+        if gain >= 0: self.best = dict(value=value, step=self.step)  # a tie goes to the later weights, but is no progress
+        self.since_best = 0 if gain > 0 else self.since_best + 1
         return bool(self.cfg.patience) and self.since_best >= self.cfg.patience
 
     def checkpoint(self) -> dict:
@@ -446,7 +447,9 @@ class _Loop:
         self.step, self.best, self.since_best, self.seconds, self.last_metrics = c["step"], loop["best"], loop["since_best"], loop["seconds"], c["metrics"]
         self.run.truncate(self.step)
 
-    def elapsed(self) -> float: return self.seconds + time.perf_counter() - self.started
+    def elapsed(self) -> tuple[float, float]:
+        "Wall and CPU seconds of this process, over all its continuations."
+        return self.seconds[0] + time.perf_counter() - self.started[0], self.seconds[1] + time.process_time() - self.started[1]
 
     # ---- the whole
 
@@ -454,7 +457,7 @@ class _Loop:
         cfg, run = self.cfg, self.run
         if run.resumed: self.restore()
         if self.rank == 0 and hasattr(self.task, "data"): save_splits(run.path / "splits.npz", self.task.data)
-        self.started = time.perf_counter()
+        self.started = time.perf_counter(), time.process_time()
         net = torch.compile(self.model, mode="reduce-overhead" if self.device.type == "cuda" else None) if cfg.compile else self.model
         self.task.net = self.accelerator.prepare_model(net) if self.accelerator else net
         self.tracker = start_tracker(cfg.tracker, run, plain(cfg), resumed=run.resumed) if self.rank == 0 else None
@@ -522,7 +525,7 @@ class _Loop:
         summary = {k: v for k, v in self.last_metrics.items() if k.startswith(("val/", "train/", "eval/"))} | at_best
         summary |= {k.replace("/", "/last_", 1): v for k, v in last.items()}
         if self.best: summary |= {f"{self.task.monitor[0].replace('/', '/best_', 1)}": self.best["value"], "best_step": self.best["step"], "best_epoch": self.best["step"] / self.steps_per_epoch}
-        summary |= dict(steps=self.step, epochs=self.step / self.steps_per_epoch, train_seconds=self.elapsed(), stopped_early=self.step < self.total, processes=self.world, model_name=getattr(cfg, "model", ""),
+        summary |= dict(steps=self.step, epochs=self.step / self.steps_per_epoch, train_seconds=self.elapsed()[0], train_cpu_seconds=self.elapsed()[1], stopped_early=self.step < self.total, processes=self.world, model_name=getattr(cfg, "model", ""),
                         parameters=sum(p.numel() for p in self.model.parameters()), checkpoint_path=f"checkpoints/{'best' if self.best else 'last'}.pt")
         if self.rank == 0:
             final = self.checkpoint() | dict(model=self.inference_model.state_dict(), ema=None, optimizer=None)

@@ -1,5 +1,6 @@
 """The real trackers, offline and with a network that is dead, in processes of their own."""
 import json, os, socket, sqlite3, subprocess, sys, threading, time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 SCRIPT = """
 import sys, time, warnings
@@ -83,6 +84,35 @@ def test_wandb_with_a_key_and_no_network(tmp_path):
     offline = [p for p in (tmp_path / "runs/a/wandb").glob("offline-run-*/*.wandb")]
     assert len(offline) == 1 and b"train/loss" in offline[0].read_bytes()
     server.close()
+
+
+class Wandb(BaseHTTPRequestHandler):
+    "A wandb server that lets a run start and then answers nothing any more."
+    def do_POST(self):
+        asked = json.loads(self.rfile.read(int(self.headers["Content-Length"]))) if self.path == "/graphql" else {}
+        query, given = asked.get("query", ""), asked.get("variables", {})
+        project = {"id": "p", "name": "toy", "entity": {"id": "e", "name": "me"}}
+        if "RunResumeStatus" in query: data = {"model": project | {"bucket": None}}
+        elif "UpsertBucket" in query: data = {"upsertBucket": {"inserted": True, "bucket": {"id": "x", "name": given["name"], "displayName": "a", "description": None, "config": "{}", "sweepName": None, "historyLineCount": 0, "project": project}}}
+        else: time.sleep(60)
+        text = json.dumps({"data": data}).encode()
+        self.send_response(200)
+        for header in (("Content-Type", "application/json"), ("Content-Length", str(len(text)))): self.send_header(*header)
+        self.end_headers()
+        self.wfile.write(text)
+    def log_message(self, *words): pass
+
+
+def test_wandb_that_loses_its_connection(tmp_path):
+    "Online at first, then silence: one warning, and the process ends (the last 32 kB of wandb's own log may be lost with it; metrics.jsonl has all)."
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Wandb)
+    server.daemon_threads = True
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    start = time.perf_counter()
+    done = track(tmp_path, "wandb", wait="4", WANDB_API_KEY="0" * 40, WANDB_BASE_URL=f"http://127.0.0.1:{server.server_port}")
+    assert done.stderr.count("UserWarning") == 1 and "did not finish in 4 s" in done.stderr and "wandb sync" in done.stderr, done.stderr
+    assert seconds(done)["finished"] < 6 and time.perf_counter() - start < 14                   # the process ended, too
+    server.shutdown()
 
 
 def test_trackio_is_local(tmp_path):
