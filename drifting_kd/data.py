@@ -623,7 +623,7 @@ def load_dataset(name: str,                   # digits, shapes, shapes100, mnist
     if normalization == "constants" and name not in CONSTANTS: raise LabError(f"normalization='constants': known for {', '.join(CONSTANTS)} only; use 'data' for {name}")
     return make_dataset(name, _read(name, data_folder(root), image_size), image_size, val_fraction, split_seed, limit, normalization)
 
-# %% ../nbs/02_data.ipynb #c062
+# %% ../nbs/02_data.ipynb #c064
 def splits_hash(dataset: Dataset) -> str:
     "One hash of which images are train, val and test."
     return array_hash(*(s.indices.numpy() for s in (dataset.train, dataset.val, dataset.test)))
