@@ -172,9 +172,16 @@ def _patience() -> float:
     if not 0 <= seconds < float("inf"): raise LabError(f"DKD_TRACKER_WAIT={given!r}: expected seconds, such as 30")
     return seconds
 
+def _key(name: str, job: str) -> str: return f"{name}/{job}" if job else name
+
+def _picture(image):
+    import numpy as np
+    pixels = np.array(image.cpu() if hasattr(image, "cpu") else image, dtype=np.uint8)
+    return pixels[..., 0] if pixels.ndim == 3 and pixels.shape[-1] == 1 else pixels
+
 # %% ../nbs/01_track.ipynb #c012
-class Tracker:
-    "The one face: every call returns at once, none raises, each first fault is one warning."
+class _Courier:
+    "A backend behind a bounded queue and one daemon thread."
     def __init__(self, name: str,       # for warnings
                  backend: Backend,      # who does it
                 ):
@@ -185,37 +192,6 @@ class Tracker:
         if type(backend) is Backend: return  # nothing to do, nothing to wait for
         self.thread = threading.Thread(target=self._work, daemon=True, name=f"tracker-{name}")
         self.thread.start()
-
-    def log(self, metrics: dict, step: int) -> None: self._call("log", plain(metrics), int(step))
-
-    def images(self, key: str, images, captions: list[str], step: int) -> None:
-        "uint8 NHWC images with a caption each."
-        pictures = [_picture(i) for i in images]
-        self._call("images", key, pictures, [str(c) for c in captions], int(step), size=sum(p.nbytes for p in pictures))
-
-    def summary(self, values: dict) -> None: self._call("summary", plain(values))
-    def file(self, path: str | Path) -> None: self._call("file", Path(path))
-
-    def artifact(self, path: str | Path, name: str, aliases: tuple = ("latest",), kind: str = "model") -> None:
-        "A file that others ask for by `name:alias`; it enters the local index whatever the tracker."
-        try: index_artifact(path, name, aliases, kind)
-        except (OSError, LabError) as e: self._warn(f"artifact {name} did not enter the local index ({_short(e)})")
-        self._call("artifact", Path(path), name, tuple(aliases), kind)
-
-    def finish(self) -> None:
-        "Wait for what is left to send, a limited time."
-        if self.closed: return
-        self.closed, end = True, time.monotonic() + self.patience
-        if self.thread and not self.dead:
-            try: self.calls.put(("close", (), 0), timeout=self.patience)
-            except queue.Full: pass
-            self.thread.join(max(0.0, end - time.monotonic()))
-            if self.thread.is_alive() and not self.dead:
-                hint = ""
-                with contextlib.suppress(Exception): hint = self.backend.abandon()
-                self._warn(f"did not finish in {self.patience:g} s, with {self.calls.qsize()} calls waiting{hint}")
-        self._tell()
-        if self.dropped: self._warn(f"was too slow; {self.dropped} calls were dropped")
 
     def _call(self, method: str, *args, size: int = 0) -> None:
         self._tell()
@@ -260,14 +236,41 @@ class Tracker:
             write_json(path, saved | {_key(self.name, self.backend.job): {"id": self.backend.id}})
         except (OSError, LabError) as e: self.problems.append(f"cannot keep its run id ({_short(e)})")
 
-def _key(name: str, job: str) -> str: return f"{name}/{job}" if job else name
-
-def _picture(image):
-    import numpy as np
-    pixels = np.array(image.cpu() if hasattr(image, "cpu") else image, dtype=np.uint8)
-    return pixels[..., 0] if pixels.ndim == 3 and pixels.shape[-1] == 1 else pixels
-
 # %% ../nbs/01_track.ipynb #c013
+class Tracker(_Courier):
+    "The one face: every call returns at once, none raises, each first fault is one warning."
+    def log(self, metrics: dict, step: int) -> None: self._call("log", plain(metrics), int(step))
+
+    def images(self, key: str, images, captions: list[str], step: int) -> None:
+        "uint8 NHWC images with a caption each."
+        pictures = [_picture(i) for i in images]
+        self._call("images", key, pictures, [str(c) for c in captions], int(step), size=sum(p.nbytes for p in pictures))
+
+    def summary(self, values: dict) -> None: self._call("summary", plain(values))
+    def file(self, path: str | Path) -> None: self._call("file", Path(path))
+
+    def artifact(self, path: str | Path, name: str, aliases: tuple = ("latest",), kind: str = "model") -> None:
+        "A file that others ask for by `name:alias`; it enters the local index whatever the tracker."
+        try: index_artifact(path, name, aliases, kind)
+        except (OSError, LabError) as e: self._warn(f"artifact {name} did not enter the local index ({_short(e)})")
+        self._call("artifact", Path(path), name, tuple(aliases), kind)
+
+    def finish(self) -> None:
+        "Wait for what is left to send, a limited time."
+        if self.closed: return
+        self.closed, end = True, time.monotonic() + self.patience
+        if self.thread and not self.dead:
+            try: self.calls.put(("close", (), 0), timeout=self.patience)
+            except queue.Full: pass
+            self.thread.join(max(0.0, end - time.monotonic()))
+            if self.thread.is_alive() and not self.dead:
+                hint = ""
+                with contextlib.suppress(Exception): hint = self.backend.abandon()
+                self._warn(f"did not finish in {self.patience:g} s, with {self.calls.qsize()} calls waiting{hint}")
+        self._tell()
+        if self.dropped: self._warn(f"was too slow; {self.dropped} calls were dropped")
+
+# %% ../nbs/01_track.ipynb #c014
 def start_tracker(name: str,             # wandb, trackio, mlflow or none
                   run: Run,              # its folder keeps the tracker's run id
                   config: dict,          # hyperparameters to show
@@ -284,7 +287,7 @@ def start_tracker(name: str,             # wandb, trackio, mlflow or none
         except LabError as e: warnings.warn(f"tracker {name} starts a new run, because {e}")
     return Tracker(name, kind(run, config, saved, job))
 
-# %% ../nbs/01_track.ipynb #c025
+# %% ../nbs/01_track.ipynb #c026
 @contextlib.contextmanager
 def _index_lock(seconds: float = 60):
     end = time.monotonic() + seconds
@@ -309,7 +312,7 @@ def index_artifact(path: str | Path, name: str, aliases: tuple = ("latest",), ki
     entry = dict(path=str(path.relative_to(root) if path.is_relative_to(root) else path), sha256=_sha256(path), kind=kind, time=time.time())
     with _index_lock(): write_json(runs_folder() / "artifacts.json", {"artifacts": _index() | {f"{name}:{alias}": entry for alias in aliases}})
 
-# %% ../nbs/01_track.ipynb #c026
+# %% ../nbs/01_track.ipynb #c027
 def resolve_artifact(reference: str,                # "model-<run>:best"; without an alias it is latest
                      project: str = "drifting_kd",  # where wandb looks, when the index does not have it
                     ) -> Path:
