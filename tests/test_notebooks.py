@@ -1,0 +1,161 @@
+"The notebooks' form, and train.ipynb as its users run it: papermill from any folder, with and without an output path, and twice in one kernel."
+import ast, dataclasses, importlib, json, os, re, subprocess, sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+import pytest, yaml
+from conftest import ROOT, losses, same_weights
+
+ORDER = "core < track, data, plots < models, generators < fid < train < analysis, diffusion < drift < kd < driftkd, evaluate, frameworks < sweep < cli"
+LEVEL = {name: level for level, names in enumerate(ORDER.split(" < ")) for name in names.split(", ")}
+NOTEBOOKS = sorted(p for p in (ROOT / "nbs").glob("*.ipynb") if p.name[0] not in "_.")
+LIBRARY, EXPERIMENTS = [p for p in NOTEBOOKS if p.name[0].isdigit()], [p for p in NOTEBOOKS if not p.name[0].isdigit()]
+MODULES = sorted(p for p in (ROOT / "drifting_kd").glob("*.py") if p.name[0] != "_")
+each = lambda name, paths: pytest.mark.parametrize(name, paths, ids=lambda p: p.stem)
+
+def cells(path: Path) -> list[tuple[dict, str]]:
+    return [(c, "".join(c["source"])) for c in json.loads(path.read_text(encoding="utf-8"))["cells"]]
+
+def place_of_tag(path: Path) -> int:
+    tagged = [i for i, (c, _) in enumerate(cells(path)) if "parameters" in c["metadata"].get("tags", [])]
+    assert len(tagged) == 1, f"{path.name}: {len(tagged)} cells are tagged 'parameters'"
+    return tagged[0]
+
+def config_of(path: Path) -> type:
+    "The dataclass that the notebook's guard reads."
+    name = re.search(r"guard\.read\((\w+)\)", cells(path)[place_of_tag(path) + 1][1])[1]
+    code = [node for c, source in cells(path) if c["cell_type"] == "code" for node in ast.parse(source).body]
+    module = next(n.module for n in code if isinstance(n, ast.ImportFrom) and name in [a.name for a in n.names])
+    return getattr(importlib.import_module(module), name)
+
+# ---- form
+
+@each("path", NOTEBOOKS)
+def test_every_notebook_is_clean_and_small(path):
+    assert path.stat().st_size < 300_000
+    for c, _ in cells(path):
+        if c["cell_type"] != "code": continue
+        assert c["execution_count"] is None and not any(o.get("execution_count") for o in c["outputs"])
+
+@each("path", NOTEBOOKS)
+def test_no_cell_is_longer_than_a_screen(path):
+    long = {source.splitlines()[1]: n for c, source in cells(path) if c["cell_type"] == "code" and (n := len(source.splitlines())) > 60}
+    assert not long, f"{path.name}: {long}"
+
+@each("path", LIBRARY)
+def test_library_notebook_exports_its_module(path):
+    assert any(f"#| default_exp {path.stem[3:]}" in source.splitlines() for _, source in cells(path)) and (ROOT / "drifting_kd" / f"{path.stem[3:]}.py").exists()
+
+def test_library_is_numbered_in_the_order_of_its_arrows():
+    levels = [LEVEL[p.stem[3:]] for p in LIBRARY]
+    assert levels == sorted(levels) and {p.stem for p in MODULES} == {p.stem[3:] for p in LIBRARY}
+
+@each("path", MODULES)
+def test_arrows_point_one_way(path):
+    used = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import): used |= {a.name for a in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            base = ".".join(filter(None, ["drifting_kd" if node.level else "", node.module]))
+            used |= {base} if base != "drifting_kd" else {f"{base}.{a.name}" for a in node.names}
+    inside = {name.split(".")[1] for name in used if name.startswith("drifting_kd.")}
+    assert not [name for name in inside if LEVEL[name] >= LEVEL[path.stem]]
+
+@each("path", EXPERIMENTS)
+def test_experiment_notebook_declares_its_configuration(path):
+    every, place = cells(path), place_of_tag(path)
+    assert every[0][0]["cell_type"] == "raw" and "skip_exec: true" in every[0][1].splitlines()
+    assert not any(re.search(r"^#\|\s*(export|default_exp)", source, re.M) or c.get("outputs") for c, source in every)
+    assert "watch_parameters(globals())" in every[place - 1][1] and "guard.read(" in every[place + 1][1]
+    lines = every[place][1].splitlines()
+    declared = [(n.target.id, n.annotation.id, ast.literal_eval(n.value)) for n in ast.parse(every[place][1]).body]
+    assert declared == [(f.name, getattr(f.type, "__name__", f.type), f.default) for f in dataclasses.fields(config_of(path))]
+    comments = [line.partition("#")[2] for line in lines]
+    assert len(lines) == len(declared) and all(c.strip() and "=" not in c for c in comments)
+
+@each("path", EXPERIMENTS)
+def test_papermill_lists_every_parameter(path):
+    done = subprocess.run([sys.executable, "-m", "papermill", "--help-notebook", path], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    listed = re.findall(r"^  (\w+): (\w+) \(default ", done.stdout, re.M)
+    assert listed == [(f.name, getattr(f.type, "__name__", f.type)) for f in dataclasses.fields(config_of(path))]
+
+@each("path", sorted((ROOT / "nbs" / "configs").glob("*.yaml")))
+def test_preset_is_accepted_and_says_what_to_expect(path):
+    text = path.read_text(encoding="utf-8")
+    source, command, expected = text.splitlines()[:3]
+    assert re.match(r"# \w", source) and len(source) > 40
+    assert (called := re.match(r"# command: +papermill (nbs/\w+\.ipynb) runs/\S+\.ipynb -f (\S+)", command)) and called[2] == f"nbs/configs/{path.name}"
+    assert re.match(r"# expected: +\S", expected)
+    settings = yaml.safe_load(text)
+    cfg = config_of(ROOT / called[1])(**settings)  # names, types and ranges
+    assert settings and all(getattr(cfg, k) == (tuple(v) if isinstance(v, list) else v) for k, v in settings.items())
+
+# ---- train.ipynb in real kernels: all started here, two at a time, and looked at by the tests below
+
+TINY = dict(tracker="none", device="cpu", threads=1, limit=200, epochs=2, batch_size=50, log_every=2, eval_every=1)
+WORDS = [w for name, value in TINY.items() for w in ("-p", name, str(value))]
+TWICE = """import nbformat, os, sys
+from nbclient import NotebookClient
+nb = nbformat.read("nbs/train.ipynb", 4)
+cell = next(c for c in nb.cells if "parameters" in c.metadata.get("tags", []))
+cell.source += sys.argv[1]
+client = NotebookClient(nb, timeout=100)
+with client.setup_kernel():
+    for _ in range(2):
+        for i, c in enumerate(nb.cells): client.execute_cell(c, i)"""
+
+def retag(folder: Path, tagged: bool = True) -> None:
+    "A root of its own, with the notebook in nbs/."
+    (folder / "nbs").mkdir(parents=True)
+    nb = json.loads((ROOT / "nbs" / "train.ipynb").read_text(encoding="utf-8"))
+    if not tagged: nb["cells"][place_of_tag(ROOT / "nbs" / "train.ipynb")]["metadata"] = {}
+    (folder / "nbs" / "train.ipynb").write_text(json.dumps(nb), encoding="utf-8")
+
+@pytest.fixture(scope="module")
+def ran(tmp_path_factory):
+    "name -> (root, finished process) of every command."
+    base = tmp_path_factory.mktemp("notebooks")
+    roots = {name: base / name for name in ("good", "twice", "misspelt", "type", "tag")}
+    for name, root in roots.items(): retag(root, tagged=name != "tag")
+    (base / "elsewhere").mkdir()
+    env = {k: v for k, v in os.environ.items() if k not in ("DKD_ROOT", "IN_TEST")} | dict(OMP_NUM_THREADS="1", OMP_WAIT_POLICY="passive", MPLBACKEND="agg")
+    def call(command, cwd, stdout=subprocess.PIPE, **more): return subprocess.run([sys.executable, *map(str, command)], cwd=cwd, stdout=stdout, stderr=subprocess.PIPE, text=True, env=env | more, timeout=120)
+    def papermill(*words, cwd=roots["good"], **kwargs): return call(["-m", "papermill", *words, *WORDS], cwd, **kwargs)
+    def piped():
+        with open(base / "out.ipynb", "w") as out: return papermill("train.ipynb", "-p", "run_name", "nbs", cwd=roots["good"] / "nbs", stdout=out)
+    def refused(name, *words): return papermill("nbs/train.ipynb", base / f"{name}.ipynb", *words, cwd=roots[name])
+    jobs = dict(root=lambda: papermill("nbs/train.ipynb", base / "root.ipynb", "-p", "run_name", "root"), nbs=piped,
+                elsewhere=lambda: papermill(roots["good"] / "nbs/train.ipynb", "deep.ipynb", "-p", "run_name", "elsewhere", cwd=base / "elsewhere", DKD_ROOT=str(roots["good"])),
+                twice=lambda: call(["-c", TWICE, "".join(f"\n{k} = {v!r}" for k, v in TINY.items())], roots["twice"]),
+                misspelt=lambda: refused("misspelt", "-p", "optimiser", "adamw"), type=lambda: refused("type", "-p", "resume", "false"), tag=lambda: refused("tag"))
+    with ThreadPoolExecutor(2) as pool: done = {name: pool.submit(job) for name, job in jobs.items()}
+    return base, {name: future.result() for name, future in done.items()}
+
+@pytest.mark.parametrize("place, output", [("root", "root.ipynb"), ("nbs", "out.ipynb"), ("elsewhere", "elsewhere/deep.ipynb")])
+def test_papermill_from_any_folder_with_or_without_output(ran, place, output):
+    base, done = ran
+    assert done[place].returncode == 0, done[place].stderr[-2000:]
+    run, first = base / "good/runs" / place, base / "good/runs/root"
+    assert json.loads((run / "metrics.json").read_text())["run"] == place
+    assert losses(run) and losses(run) == losses(first) and same_weights(run, first)
+    assert {p.relative_to(run) for p in run.rglob("*")} == {p.relative_to(first) for p in first.rglob("*")} and (run / "figures/curves.png").exists()
+    assert str(run) in "".join("".join(o.get("text", "")) for c, _ in cells(base / output) for o in c.get("outputs", []))  # the notebook says where it went
+
+def test_nothing_lands_where_the_caller_stands(ran):
+    base, _ = ran
+    assert [p.name for p in (base / "elsewhere").iterdir()] == ["deep.ipynb"]
+    assert sorted(p.name for p in (base / "good").iterdir()) == ["nbs", "runs"] and [p.name for p in (base / "good/nbs").iterdir()] == ["train.ipynb"]
+
+@pytest.mark.parametrize("mistake, message", [("misspelt", "unknown parameter 'optimiser'; did you mean 'optimizer'"), ("type", "resume='false' (str): expected True or False"),
+                                              ("tag", "epochs, eval_every, limit, log_every, threads, tracker had a value before the parameters cell")])
+def test_mistakes_are_refused(ran, mistake, message):
+    base, done = ran
+    assert done[mistake].returncode != 0 and message in done[mistake].stderr, done[mistake].stderr[-2000:]
+    assert not (base / mistake / "runs").exists()
+
+def test_twice_in_one_kernel_makes_two_runs(ran):
+    base, done = ran
+    assert done["twice"].returncode == 0, done["twice"].stderr[-2000:]
+    first, second = sorted(base.glob("twice/runs/*/metrics.json"))
+    assert second.parent.name == first.parent.name + "-2"
+    assert losses(first.parent) == losses(second.parent) == losses(base / "good/runs/root") and same_weights(first.parent, second.parent)
