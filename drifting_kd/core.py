@@ -4,7 +4,7 @@
 
 # %% ../nbs/00_core.ipynb #c002
 from __future__ import annotations
-import contextlib, dataclasses, datetime, difflib, hashlib, importlib.metadata, json, math, os, platform, random, re, subprocess, sys, time
+import contextlib, dataclasses, datetime, difflib, hashlib, importlib.metadata, json, math, os, platform, random, re, subprocess, sys, threading, time
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -78,7 +78,7 @@ def plain(x):
 def atomic_write(path: str | Path, mode: str = "wb"):
     "Open a file that replaces `path` only when the block ends without an error."
     path = Path(path)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.part")
     try:
         with open(part, mode, encoding=None if "b" in mode else "utf-8") as f:
             yield f
@@ -280,7 +280,7 @@ def environment(seed: int | None = None, # the run's seed
     tensorflow = sys.modules.get("tensorflow")  # asking an unloaded one would cost seconds
     nvcc = _command("nvcc", "--version")
     return dict(
-        python=platform.python_version(), platform=platform.platform(), processor=_processor(), cpus=os.cpu_count(),
+        python=platform.python_version(), platform=f"{platform.system()} {platform.machine()}", processor=_processor(), cpus=os.cpu_count(),
         packages={name: _package(name) for name in PACKAGES},
         cuda=torch.version.cuda, cudnn=torch.backends.cudnn.version() if cuda else None,
         driver=_command("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"), nvcc=nvcc.splitlines()[-1] if nvcc else None,

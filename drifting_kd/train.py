@@ -533,6 +533,8 @@ class _Loop:
             if self.tracker:
                 self.tracker.log(plain({k: v for k, v in summary.items() if k.startswith("test/")}), self.step)
                 self.tracker.summary(plain(summary))
+                for alias, file in (("latest", "last.pt"), ("best", "best.pt")):
+                    if (folder / file).exists(): self.tracker.artifact(folder / file, f"model-{run.name}", (alias,))
         run.finish(summary)
         return summary
 

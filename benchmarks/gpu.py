@@ -1,0 +1,104 @@
+"""Everything that wants a GPU, in under ten minutes; later families add a function to MEASUREMENTS.
+
+    python benchmarks/gpu.py [--epochs 200] [--only training determinism] [--out benchmarks/results/gpu.json]
+
+With `cifar10_jpeg.npz` or CIFAR-10 in DKD_DATA (or data/) the accuracies are real; without, images are random and only the times mean something.
+`--device cpu --epochs 1 --images 2000` tries the script itself.
+"""
+import argparse, os, statistics, sys, tempfile, time
+from pathlib import Path
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+from drifting_kd.core import LabError, Run, environment, seed_everything, write_json
+from drifting_kd.data import load_dataset
+from drifting_kd.models import create_model, load_checkpoint
+from drifting_kd.train import Classify, TrainConfig, fit
+from loop import Bare, Fit, random_data
+
+MODES = {"fp32": {}, "fp32 compiled": dict(compile=True), "bf16": dict(precision="bf16"), "bf16 compiled": dict(precision="bf16", compile=True)}
+
+def dataset(images: int):
+    for name in ("cifar10_jpeg", "cifar10"):
+        try: return load_dataset(name, limit=0 if images >= 45_000 else images)
+        except LabError: continue
+    return random_data(images)
+
+def clock(device: str) -> float:
+    if device.startswith("cuda"): torch.cuda.synchronize()
+    return time.perf_counter()
+
+def train_once(data, device: str, epochs: int, batch_size: int = 512, **mode) -> tuple[dict, Run]:
+    cfg = TrainConfig(dataset=data.name, device=device, epochs=epochs, batch_size=batch_size, schedule="cosine", lr=0.4, warmup=200, tracker="none",
+                      eval_every=epochs, save_every=epochs, log_every=100, **mode)
+    seed_everything(cfg.seed, "on")
+    run = Run(cfg, "gpu")
+    return fit(Classify(create_model("resnet8", len(data.classes), 3, 32), data, cfg), cfg, run), run
+
+def training(data, device: str, epochs: int) -> dict:
+    "ResNet-8, deterministic, batch 512: images per second of each mode, then all epochs with the fastest."
+    rows = {}
+    for name, mode in MODES.items():
+        try:
+            train_once(data, device, 1, **mode)  # compiles, fills caches
+            start = clock(device)
+            summary, _ = train_once(data, device, max(2, epochs // 40), **mode)
+            seconds = clock(device) - start
+            rows[name] = dict(images_per_second=summary["steps"] * 512 / seconds, seconds_per_epoch=seconds / summary["epochs"])
+        except Exception as e: rows[name] = dict(error=f"{type(e).__name__}: {e}"[:300])  # one mode that fails must not cost the others
+        print(name, rows[name], flush=True)
+    best = min((n for n in rows if "error" not in rows[n]), key=lambda n: rows[n]["seconds_per_epoch"])
+    start = clock(device)
+    summary, _ = train_once(data, device, epochs, **MODES[best])
+    full = dict(mode=best, epochs=epochs, seconds=clock(device) - start, test_accuracy=summary["test/accuracy"], test_last_accuracy=summary["test/last_accuracy"], data=data.name)
+    print("full", full, flush=True)
+    return dict(batch_size=512, modes=rows, full=full)
+
+def determinism(data, device: str, epochs: int) -> dict:
+    "Two trainings of one epoch: the same bits?"
+    def weights(mode): return load_checkpoint(train_once(data, device, 1, **mode)[1].path / "final_model.pt")["model"]
+    out = {}
+    for name, mode in MODES.items():
+        try:
+            a, b = weights(mode), weights(mode)
+            out[name] = all(torch.equal(a[k], b[k]) for k in a)
+        except Exception as e: out[name] = f"{type(e).__name__}: {e}"[:300]
+        print("identical weights,", name, out[name], flush=True)
+    return out
+
+def overhead(data, device: str, epochs: int) -> dict:
+    "Steps of fit with everything on beside a bare loop, batch 128, in turns."
+    from drifting_kd.data import Batches
+    import itertools
+    loops, seconds = {"bare": Bare(data, device), "fit": Fit(data, device)}, {"bare": [], "fit": []}
+    for turn in range(6):
+        for name, loop in loops.items():
+            batches = itertools.islice(iter(Batches(data.train, 128, 0, turn, device=device)), 100)
+            start = clock(device)
+            loop(batches)
+            seconds[name].append(clock(device) - start)
+    ratio = statistics.median(f / b for b, f in list(zip(seconds["bare"], seconds["fit"]))[1:])
+    print(f"fit over bare loop: {ratio:.3f}", flush=True)
+    return dict(ratio=ratio, seconds_per_100_steps={k: statistics.median(v[1:]) for k, v in seconds.items()})
+
+MEASUREMENTS = dict(training=training, determinism=determinism, overhead=overhead)
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--epochs", type=int, default=200)
+    parser.add_argument("--images", type=int, default=45_000)
+    parser.add_argument("--only", nargs="*", default=list(MEASUREMENTS), choices=list(MEASUREMENTS))
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "gpu.json")
+    args = parser.parse_args()
+    if args.device.startswith("cuda") and not torch.cuda.is_available(): sys.exit("no CUDA device here; --device cpu --epochs 1 --images 2000 tries the script itself")
+    data, results = dataset(args.images), {}
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["DKD_ROOT"] = folder
+        for name in args.only:
+            start = time.perf_counter()
+            results[name] = MEASUREMENTS[name](data, args.device, args.epochs) | {"wall_seconds": time.perf_counter() - start}
+            write_json(args.out, dict(device=args.device, images=len(data.train), **results, environment=environment(device=args.device)))
+
+if __name__ == "__main__": main()

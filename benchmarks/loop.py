@@ -1,0 +1,79 @@
+"""What `fit` costs over a bare PyTorch loop with the same pixels, ResNet-8, 32x32x3, batch 128.
+
+    python benchmarks/loop.py [--repeats 9] [--steps 25] [--threads 1] [--out benchmarks/results/loop.json]
+
+Both train on the same batches in one process, in turns of `steps` steps, and CPU time is counted, so a busy machine hurts both alike.
+`fit` has everything on: EMA, gradient clipping, metrics on the device, the not-finite guard, a log line every 10 steps.
+"""
+import argparse, itertools, os, statistics, sys, tempfile, time
+from pathlib import Path
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+from drifting_kd.core import Run, environment, write_json
+from drifting_kd.data import Batches, Dataset, Split, normalize
+from drifting_kd.models import create_model
+from drifting_kd.train import Classify, TrainConfig, _Loop
+
+MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
+
+def random_data(n: int = 45_000) -> Dataset:
+    "Random images of CIFAR's size: the cost of a step does not depend on what is on them."
+    g = torch.Generator().manual_seed(0)
+    def split(k): return Split(torch.randint(0, 256, (k, 32, 32, 3), dtype=torch.uint8, generator=g), torch.randint(0, 10, (k,), generator=g), torch.arange(k), 4, True)
+    return Dataset("random", split(n), split(100), split(100), [str(c) for c in range(10)], MEAN, STD, 4, True, "", "random", "none")
+
+class Bare:
+    "The loop anybody would write, on the same batches."
+    def __init__(self, data: Dataset, device: str = "cpu"):
+        torch.manual_seed(0)
+        self.model = create_model("resnet8", 10, 3, 32).to(device=device, memory_format=torch.channels_last).train()
+        self.optimizer = torch.optim.SGD(self.model.parameters(), 0.1, momentum=0.9, weight_decay=1e-4)
+
+    def __call__(self, batches) -> None:
+        for b in batches:
+            self.optimizer.zero_grad()
+            torch.nn.functional.cross_entropy(self.model(normalize(b.x, MEAN, STD)), b.y).backward()
+            self.optimizer.step()
+
+class Fit:
+    "The library's loop with everything on, fed the same way."
+    def __init__(self, data: Dataset, device: str = "cpu", **settings):
+        cfg = TrainConfig(**dict(tracker="none", device=device, batch_size=128, epochs=1000, eval_every=1000, save_every=1000, log_every=10, grad_clip=1.0, ema_decay=0.999) | settings)
+        torch.manual_seed(0)
+        self.loop = _Loop(Classify(create_model("resnet8", 10, 3, 32), data, cfg), cfg, Run(cfg, "benchmark"))
+        self.loop.tracker = self.loop.bar = None
+        self.loop.model.train()
+
+    def __call__(self, batches) -> None: self.loop.train_epoch(batches)
+
+def compare(data: Dataset, steps: int, repeats: int) -> dict:
+    loops, seconds = {"bare": Bare(data), "fit": Fit(data)}, {"bare": [], "fit": []}
+    for turn in range(repeats + 1):
+        source = Batches(data.train, 128, seed=0, epoch=turn)
+        for name, loop in loops.items():
+            batches = itertools.islice(iter(source), steps)
+            start = time.process_time()
+            loop(batches)
+            seconds[name].append((time.process_time() - start) / steps)
+    seconds = {k: v[1:] for k, v in seconds.items()}  # the first turn warms up
+    ratios = [f / b for b, f in zip(seconds["bare"], seconds["fit"])]
+    return {"batch_size": 128, "steps_a_turn": steps, "cpu_ms_per_step": {k: 1e3 * statistics.median(v) for k, v in seconds.items()}, "images_per_cpu_second": {k: 128 / statistics.median(v) for k, v in seconds.items()},
+            "overhead_percent": 100 * (statistics.median(ratios) - 1), "ratio_min": min(ratios), "ratio_max": max(ratios)}
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--steps", type=int, default=25)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "loop.json")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["DKD_ROOT"] = folder
+        result = compare(random_data(), args.steps, args.repeats)
+    print(f"bare {result['cpu_ms_per_step']['bare']:.1f}, fit {result['cpu_ms_per_step']['fit']:.1f} CPU-ms a step: {result['overhead_percent']:+.1f} %")
+    write_json(args.out, dict(what="CPU time of fit's training steps with everything on, over a bare loop with the same pixels", repeats=args.repeats, **result, environment=environment()))
+
+if __name__ == "__main__": main()
