@@ -1,7 +1,7 @@
 # make run   train ResNet-8 on the embedded digits and say where everything is
 # make test  everything that CI checks
 # make lab   JupyterLab on the notebooks
-# Each makes .venv by itself. PYTHON=python3.12 make run chooses the interpreter (3.11 to 3.13).
+# Each makes .venv by itself. PYTHON=python3.12 chooses the interpreter (3.11 to 3.13), TORCH_INDEX=URL where torch comes from (README).
 PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
@@ -35,6 +35,7 @@ notebooks: .venv/ready-dev
 	$(PYTHON) -m venv .venv
 
 .venv/ready: .venv/bin/python $(INPUTS)
+	$(if $(TORCH_INDEX),$(PIP) --index-url $(TORCH_INDEX) torch torchvision)
 	$(PIP) -e .
 	@touch $@
 

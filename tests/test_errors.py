@@ -1,0 +1,138 @@
+"What goes wrong from outside, in real processes: one clear line, exit code 1, and earlier results as they were."
+import hashlib, os, pickle, shutil, subprocess, sys
+from pathlib import Path
+import pytest
+from conftest import losses, same_weights, train
+
+SETTINGS = dict(optimizer="adamw", ema_decay=0.9, epochs=4, keep_last=2)  # six steps an epoch, a checkpoint after each
+DISK_FULL = """
+import resource, torch
+def save(content, f, real=torch.save, saves=[0]):
+    saves[0] += 1
+    if saves[0] == {n}: resource.setrlimit(resource.RLIMIT_FSIZE, ({size}, {size}))
+    real(content, f)
+torch.save = save
+"""
+FULL_FROM_THE_START = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))"
+NOT_A_NUMBER = """
+import drifting_kd.train as t
+def loss(self, batch, step, real=t.Classify.loss):
+    value, metrics = real(self, batch, step)
+    return value * (float("nan") if step == 14 else 1.0), metrics
+t.Classify.loss = loss
+"""
+# root may write anywhere: give up that right (CAP_DAC_OVERRIDE), then start Python again
+AS_OTHERS = ["-c", "import ctypes, os, sys; ctypes.CDLL(None).prctl(24, 1, 0, 0, 0); os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"]
+
+@pytest.fixture(scope="module")
+def played(tmp_path_factory):
+    "One finished run, and the same one broken off at its third checkpoint by a full disk; runs/ did not exist before."
+    root = tmp_path_factory.mktemp("errors")
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in dict(DKD_ROOT=str(root), IN_TEST="1", OMP_WAIT_POLICY="passive").items(): patch.setenv(name, value)
+        whole, stopped = train(run_name="whole", **SETTINGS), train(DISK_FULL.format(n=3, size=200_000), run_name="stopped", **SETTINGS)
+    assert whole.returncode == 0, whole.stderr[-2000:]
+    return root, stopped
+
+@pytest.fixture
+def runs(played, lab) -> Path:
+    "A copy of both runs, to damage."
+    shutil.copytree(played[0] / "runs", lab / "runs")
+    return lab / "runs"
+
+def contents(folder: Path) -> dict: return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.rglob("*") if p.is_file()}
+
+def refused(runs: Path, patch: str = "", **settings) -> str:
+    "The one line with which a training ends that must not work."
+    before = contents(runs / "whole")
+    done = train(patch, **SETTINGS | settings)
+    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1, done.stderr[-3000:]
+    assert contents(runs / "whole") == before
+    return done.stderr
+
+def finishes_like_the_whole(runs: Path) -> bool:
+    done = train(run_name="stopped", resume=True, **SETTINGS)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return same_weights(runs / "whole", runs / "stopped") and losses(runs / "whole") == losses(runs / "stopped")
+
+def test_disk_full_loses_nothing_that_was_saved(played, runs):
+    from drifting_kd.train import load_checkpoint
+    stopped, checkpoints = played[1], runs / "stopped/checkpoints"
+    assert not (runs / "stopped/metrics.json").exists() and sorted(p.name for p in checkpoints.iterdir()) == ["best.pt", "last.pt", "step_00000006.pt", "step_00000012.pt"]
+    assert load_checkpoint(checkpoints / "last.pt")["step"] == 12
+    assert finishes_like_the_whole(runs)
+    assert stopped.returncode == 1 and len(stopped.stderr.splitlines()) == 1, stopped.stderr[-3000:]
+    assert "cannot write to" in stopped.stderr and "free the disk, then continue with resume=True" in stopped.stderr
+
+def test_disk_full_from_the_start(runs):
+    line = refused(runs, FULL_FROM_THE_START, run_name="new")
+    assert "cannot write to" in line and "free the disk" in line and str(runs) in line
+    assert not (runs / "new/metrics.json").exists()
+
+def test_runs_is_a_file(lab):
+    (lab / "runs").write_text("not a folder")
+    line = refused(lab, run_name="new")
+    assert f"cannot write to {lab / 'runs'}" in line and (lab / "runs").read_text() == "not a folder"
+
+def test_runs_is_not_writable(runs):
+    before = contents(runs)
+    runs.chmod(0o555)
+    try:
+        probe = subprocess.run([sys.executable, *AS_OTHERS, "-c", f"open({str(runs / 'probe')!r}, 'w')"], capture_output=True, timeout=60)
+        if probe.returncode == 0: pytest.skip("this user writes anywhere and cannot give that up")
+        done = train(launcher=AS_OTHERS, run_name="new", **SETTINGS)
+    finally: runs.chmod(0o755)
+    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1 and f"cannot write to {runs / 'new'} (Permission denied)" in done.stderr, done.stderr[-3000:]
+    assert contents(runs) == before
+
+def test_resume_of_another_configuration_names_what_differs(runs):
+    before = contents(runs / "stopped")
+    line = refused(runs, run_name="stopped", resume=True, lr=0.5)
+    assert "lr (there 0.0, here 0.5)" in line and "seed" not in line and contents(runs / "stopped") == before
+
+def test_truncated_checkpoint_is_named_and_an_earlier_one_continues(runs):
+    checkpoints = runs / "stopped/checkpoints"
+    before = contents(checkpoints)
+    os.truncate(checkpoints / "last.pt", (checkpoints / "last.pt").stat().st_size // 2)
+    line = refused(runs, run_name="stopped", resume=True)
+    assert f"checkpoint {checkpoints / 'last.pt'} is truncated" in line and "another of the run's checkpoints" in line
+    assert {k: v for k, v in contents(checkpoints).items() if k != "last.pt"} == {k: v for k, v in before.items() if k != "last.pt"}
+    shutil.copyfile(checkpoints / "step_00000006.pt", checkpoints / "last.pt")  # what the message advises
+    assert finishes_like_the_whole(runs)
+
+class Touch:
+    "Creates a file when unpickled."
+    def __init__(self, path: Path): self.path = path
+    def __reduce__(self): return os.mkdir, (str(self.path),)
+
+@pytest.mark.parametrize("form, words", [("checkpoint", "refused, nothing in it was run"), ("plain pickle", "was not written by this package")])
+def test_checkpoint_that_executes_code_is_refused(runs, form, words):
+    import torch
+    last, planted = runs / "stopped/checkpoints/last.pt", runs.parent / "planted"
+    if form == "checkpoint": torch.save(torch.load(last, weights_only=True) | {"metrics": Touch(planted)}, last)
+    else: last.write_bytes(pickle.dumps(Touch(planted)))
+    line = refused(runs, run_name="stopped", resume=True)
+    assert str(last) in line and words in line and not planted.exists()
+
+def test_damaged_config_is_named(runs):
+    config = runs / "stopped/config.json"
+    config.write_text(config.read_text()[:100])
+    before = contents(runs / "stopped")
+    line = refused(runs, run_name="stopped", resume=True)
+    assert f"{config} is not valid JSON" in line and "restore it" in line and contents(runs / "stopped") == before
+
+def test_not_finite_names_the_step_and_the_checkpoint(runs):
+    from drifting_kd.train import load_checkpoint
+    line = refused(runs, NOT_A_NUMBER, run_name="nan")
+    last = runs / "nan/checkpoints/last.pt"
+    assert f"not finite at step 14; the last good checkpoint is {last} (step 12)" in line and "smaller lr" in line
+    kept = load_checkpoint(last)
+    assert kept["step"] == 12 and all(v.isfinite().all() for v in kept["model"].values()) and not (runs / "nan/metrics.json").exists()
+
+@pytest.mark.parametrize("name, value, words", [("run_name", "../outside", "a run stays inside runs/"), ("dataset", "digts", "did you mean 'digits'"), ("model", "resnet9", "did you mean 'resnet"),
+                                                ("optimizer", "adamv", "did you mean 'adamw'"), ("batch_size", -1, "expected at least 1"), ("epochs", 10**9, "expected between 1 and")])
+def test_bad_values_are_refused_before_anything_is_written(runs, name, value, words):
+    before = contents(runs.parent)
+    line = refused(runs, **{name: value})
+    assert repr(value) in line and words in line
+    assert contents(runs.parent) == before and sorted(p.name for p in runs.iterdir()) == ["stopped", "whole"] and [p.name for p in runs.parent.iterdir()] == ["runs"]
