@@ -19,7 +19,7 @@ test: .venv/ready-dev
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive WANDB_MODE=offline $(BIN)/nbdev_test --n_workers 2 --timing
 
 lab: .venv/ready
-	$(BIN)/jupyter lab --notebook-dir=. nbs
+	$(BIN)/jupyter lab --notebook-dir=. $(LAB) nbs
 
 slow: .venv/ready-dev
 	$(BIN)/python -m pytest -q tests --durations=10

@@ -327,18 +327,20 @@ class _Loop:
         cfg, step = self.cfg, self.step
         torch.manual_seed(mix(cfg.seed, step, self.rank))  # dropout and the like: a function of the step, not of what came before
         for g in self.optimizer.param_groups: g["lr"] = self.lr(step)
+        total = 0.0
         for i, batch in enumerate(group):
             last = i == len(group) - 1
             with contextlib.nullcontext() if last or not self.accelerator else self.accelerator.no_sync(self.task.net):
                 with self.autocast(): loss, metrics = self.task.loss(batch, step)
                 self.scaler.scale(loss / len(group)).backward()
-            self._add({"train/loss": loss.detach(), **metrics}, 1 / len(group))
+            total = total + loss.detach()
+            self._add({"train/loss": loss, **metrics}, 1 / len(group))
         self.scaler.unscale_(self.optimizer)
         grads = [p.grad for p in self.parameters if p.grad is not None]
         norm = torch.nn.utils.get_total_norm(grads)
         if cfg.grad_clip: torch.nn.utils.clip_grads_with_norm_(self.parameters, cfg.grad_clip, norm)
         self._add({"train/grad_norm": norm}, 1)
-        finite = torch.isfinite(loss.detach() if self.dtype is torch.float16 else loss.detach() + norm)  # fp16 skips steps whose gradient overflowed
+        finite = torch.isfinite(total if self.dtype is torch.float16 else total + norm)  # fp16 skips steps whose gradient overflowed
         self.bad = torch.where(finite | (self.bad >= 0), self.bad, step)
         self.scaler.step(self.optimizer)
         self.scaler.update()
@@ -471,7 +473,6 @@ class _Loop:
             if self.bar is not None: self.bar.close()
             if self.tracker: self.tracker.finish()
             self.task.net = self.model
-            run.close()
 
     def train(self) -> None:
         if self.step == 0:
@@ -564,9 +565,11 @@ def fit(task: Task,       # what to train
         try: notebook_launcher(_fit_here, (task, cfg, run), num_processes=cfg.processes)
         finally: run.close()
         return read_json(run.path / "metrics.json")
-    return _Loop(task, cfg, run).go()
+    return _fit_here(task, cfg, run)
 
-def _fit_here(task: Task, cfg: TrainConfig, run: Run) -> None: _Loop(task, cfg, run).go()
+def _fit_here(task: Task, cfg: TrainConfig, run: Run) -> dict:
+    try: return _Loop(task, cfg, run).go()
+    finally: run.close()
 
 def open_run(cfg: TrainConfig, kind: str = "train") -> Run:
     "The run of this process: under `accelerate launch` the first one makes the folder and the others join it."

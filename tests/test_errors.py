@@ -13,7 +13,7 @@ def save(content, f, real=torch.save, saves=[0]):
     real(content, f)
 torch.save = save
 """
-FULL_FROM_THE_START = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))"
+FULL_FROM_THE_START = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (512, 512))"  # less than config.json
 NOT_A_NUMBER = """
 import drifting_kd.train as t
 def loss(self, batch, step, real=t.Classify.loss):
@@ -130,9 +130,9 @@ def test_not_finite_names_the_step_and_the_checkpoint(runs):
     assert kept["step"] == 12 and all(v.isfinite().all() for v in kept["model"].values()) and not (runs / "nan/metrics.json").exists()
 
 @pytest.mark.parametrize("name, value, words", [("run_name", "../outside", "a run stays inside runs/"), ("dataset", "digts", "did you mean 'digits'"), ("model", "resnet9", "did you mean 'resnet"),
-                                                ("optimizer", "adamv", "did you mean 'adamw'"), ("batch_size", -1, "expected at least 1"), ("epochs", 10**9, "expected between 1 and")])
+                                                ("optimizer", "adamww", "did you mean 'adamw'"), ("batch_size", -1, "expected at least 1"), ("epochs", 10**9, "expected between 1 and")])
 def test_bad_values_are_refused_before_anything_is_written(runs, name, value, words):
-    before = contents(runs.parent)
+    before, folders = contents(runs.parent), sorted(runs.rglob("*/"))
     line = refused(runs, **{name: value})
     assert repr(value) in line and words in line
-    assert contents(runs.parent) == before and sorted(p.name for p in runs.iterdir()) == ["stopped", "whole"] and [p.name for p in runs.parent.iterdir()] == ["runs"]
+    assert contents(runs.parent) == before and (sorted(runs.rglob("*/")), list(runs.parent.iterdir())) == (folders, [runs])

@@ -1,5 +1,5 @@
 "Killed at any moment and resumed: the same bits as the uninterrupted run. Real processes, real SIGKILL."
-import random, signal, time
+import random, signal, subprocess, time
 import pytest
 from conftest import losses, same_weights, train
 
@@ -27,9 +27,14 @@ def die(a, b, real=os.replace):
 os.replace = die
 """
 
-def uninterrupted(lab):
-    assert train(run_name="whole", **HARD).returncode == 0
-    return lab / "runs" / "whole"
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    "The uninterrupted run and its seconds."
+    root, start = tmp_path_factory.mktemp("whole"), time.perf_counter()
+    with pytest.MonkeyPatch.context() as m:
+        m.setenv("DKD_ROOT", str(root))
+        assert train(run_name="whole", **HARD).returncode == 0
+    return root / "runs" / "whole", time.perf_counter() - start
 
 def finish(lab, name):
     out = train(run_name=name, resume=True, **HARD)
@@ -38,30 +43,26 @@ def finish(lab, name):
 
 @pytest.mark.parametrize("patch", [DIE_IN_SAVE.format(n=1), DIE_IN_SAVE.format(n=3), DIE_BEFORE_RENAME.format(name="best.pt"),
                                    DIE_BEFORE_RENAME.format(name="metrics.json")], ids=["first save", "third save", "before best.pt", "before metrics.json"])
-def test_killed_inside_a_write(lab, patch):
-    whole = uninterrupted(lab)
+def test_killed_inside_a_write(lab, whole, patch):
     killed = train(patch, run_name="killed", **HARD)
     assert killed.returncode == -signal.SIGKILL and not (lab / "runs/killed/metrics.json").exists()
     resumed = finish(lab, "killed")
-    assert same_weights(whole, resumed) and losses(whole) == losses(resumed)
+    assert same_weights(whole[0], resumed) and losses(whole[0]) == losses(resumed)
     assert not list((resumed / "checkpoints").glob(".*.part")) # what the kill left behind is gone
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(6))
-def test_killed_at_a_random_moment(lab, seed):
-    start = time.perf_counter()
-    whole = uninterrupted(lab)
-    span = time.perf_counter() - start
-    rng, kills = random.Random(seed), 0
+def test_killed_at_a_random_moment(lab, whole, seed):
+    reference, span = whole
+    rng, finished = random.Random(seed), lab / "runs/killed/metrics.json"
     for _ in range(3): # several kills of one run
         process = train(wait=False, run_name="killed", resume=True, **HARD)
-        time.sleep(rng.uniform(0.3, 1.0) * span)
-        if process.poll() is None: kills += 1
-        process.kill()
+        try: process.wait(timeout=rng.uniform(0.3, 1.0) * span)
+        except subprocess.TimeoutExpired: process.kill()
         process.wait()
-        if (lab / "runs/killed/metrics.json").exists(): break
-    resumed = lab / "runs/killed" if (lab / "runs/killed/metrics.json").exists() else finish(lab, "killed")
-    assert same_weights(whole, resumed) and losses(whole) == losses(resumed)
+        if finished.exists(): break
+    resumed = finished.parent if finished.exists() else finish(lab, "killed")
+    assert same_weights(reference, resumed) and losses(reference) == losses(resumed)
 
 def test_the_same_command_twice_gives_the_same_bits(lab):
     for name, optimizer in (("a", "adamw"), ("b", "adamw"), ("c", "sgd")): assert train(run_name=name, optimizer=optimizer).returncode == 0
