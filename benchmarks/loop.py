@@ -14,7 +14,7 @@ sys.path.insert(0, str(ROOT))
 from drifting_kd.core import Run, environment, write_json
 from drifting_kd.data import Batches, Dataset, Split, normalize
 from drifting_kd.models import create_model
-from drifting_kd.train import Classify, TrainConfig, _Loop
+from drifting_kd.train import Classify, TrainConfig, Loop
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 
@@ -42,7 +42,7 @@ class Fit:
     def __init__(self, data: Dataset, device: str = "cpu", **settings):
         cfg = TrainConfig(**dict(tracker="none", device=device, batch_size=128, epochs=1000, eval_every=1000, save_every=1000, log_every=10, grad_clip=1.0, ema_decay=0.999) | settings)
         torch.manual_seed(0)
-        self.loop = _Loop(Classify(create_model("resnet8", 10, 3, 32), data, cfg), cfg, Run(cfg, "benchmark"))
+        self.loop = Loop(Classify(create_model("resnet8", 10, 3, 32), data, cfg), cfg, Run(cfg, "benchmark"))
         self.loop.tracker = self.loop.bar = None
         self.loop.model.train()
 

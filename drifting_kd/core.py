@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib, dataclasses, datetime, difflib, hashlib, importlib.metadata, json, math, os, platform, random, re, subprocess, sys, threading, time
 from dataclasses import dataclass, field
 from pathlib import Path
+from fastcore.basics import patch
 
 # %% auto #0
 __all__ = ['SCHEMA', 'DETERMINISTIC', 'PACKAGES', 'LabError', 'unknown', 'project_root', 'runs_folder', 'working_folder',
@@ -350,70 +351,81 @@ class Run:
     @property
     def name(self) -> str: return self.path.name
 
-    def _create(self, folder: Path) -> Path:
-        c = self.cfg
-        parts = [self.kind, getattr(c, "dataset", ""), getattr(c, "model", ""), getattr(c, "method", "") or getattr(c, "optimizer", ""), f"s{c.seed}", f"{datetime.date.today():%Y%m%d}"]
-        base = c.run_name or re.sub(r"[^A-Za-z0-9._+=-]", "_", "-".join(p for p in parts if p))
-        for i in range(1, 10_000):
-            path = folder / (base if i == 1 else f"{base}-{i}")
-            try: path.mkdir()
-            except FileExistsError: continue
-            return path
-        raise LabError(f"10,000 runs are called {base}; choose another run_name")
+# %% ../nbs/00_core.ipynb #c045
+@patch
+def _create(self: Run, folder: Path) -> Path:
+    c = self.cfg
+    parts = [self.kind, getattr(c, "dataset", ""), getattr(c, "model", ""), getattr(c, "method", "") or getattr(c, "optimizer", ""), f"s{c.seed}", f"{datetime.date.today():%Y%m%d}"]
+    base = c.run_name or re.sub(r"[^A-Za-z0-9._+=-]", "_", "-".join(p for p in parts if p))
+    for i in range(1, 10_000):
+        path = folder / (base if i == 1 else f"{base}-{i}")
+        try: path.mkdir()
+        except FileExistsError: continue
+        return path
+    raise LabError(f"10,000 runs are called {base}; choose another run_name")
 
-    def _find(self, folder: Path) -> Path | None:
-        "The unfinished run to continue; None where `run_name` is given and nothing of that name exists yet."
-        c = self.cfg
-        if c.run_name:
-            if not (folder / c.run_name).exists(): return None
-            candidates = [folder / c.run_name]
-            if run_state(candidates[0]) == "finished": raise LabError(f"run {c.run_name} is finished; nothing to resume (give another run_name, or resume=False)")
-        else:
-            candidates = [p.parent for p in folder.glob("*/config.json") if run_state(p.parent) == "stopped" or str(p.parent) in Run.held]
-        saved = {p: read_json(p / "config.json") for p in candidates if (p / "config.json").exists()}
-        same = [p for p, s in saved.items() if s.get("hash") == c.hash() and s.get("kind") == self.kind and not (p / "metrics.json").exists()]
-        if same: return max(same, key=lambda p: p.stat().st_mtime)
-        mine = {p: s for p, s in saved.items() if s.get("kind") == self.kind}
-        if not mine:
-            if c.run_name and (folder / c.run_name / "config.json").exists(): raise LabError(f"run {c.run_name} was made by {saved[candidates[0]].get('kind')!r}, not {self.kind!r}; give another run_name")
-            if c.run_name: return self._restart(folder / c.run_name)
-            raise LabError(f"resume=True, but there is no unfinished {self.kind} run in {folder}; use resume=False, or give the run's run_name")
-        def differ(s): return [f"{k} (there {s.get(k)!r}, here {v!r})" for k, v in c.identity().items() if s.get(k) != v]
-        near = min(mine, key=lambda p: len(differ(mine[p])))
-        raise LabError(f"resume=True, but unfinished run {near.name} has another configuration: {'; '.join(differ(mine[near]))}; use its values, or resume=False")
+@patch
+def _take_lock(self: Run) -> None:
+    if old := Run.held.pop(str(self.path), None): old.close()
+    self._handle = _lock(self.path / ".lock")
+    if self._handle is None: raise LabError(f"run {self.name} is being written by another process; wait for it, stop it, or use another run_name")
+    Run.held[str(self.path)] = self._handle
 
-    def _restart(self, path: Path) -> None:
-        "A folder that was killed before its configuration was written holds nothing: make it again."
-        if any((path / "checkpoints").glob("*")): raise LabError(f"{path} has checkpoints but no config.json; restore it or delete the folder")
-        import shutil
-        shutil.rmtree(path)
+# %% ../nbs/00_core.ipynb #c047
+@patch
+def _find(self: Run, folder: Path) -> Path | None:
+    "The unfinished run to continue; None where `run_name` is given and nothing of that name exists yet."
+    c = self.cfg
+    if c.run_name:
+        if not (folder / c.run_name).exists(): return None
+        candidates = [folder / c.run_name]
+        if run_state(candidates[0]) == "finished": raise LabError(f"run {c.run_name} is finished; nothing to resume (give another run_name, or resume=False)")
+    else:
+        candidates = [p.parent for p in folder.glob("*/config.json") if run_state(p.parent) == "stopped" or str(p.parent) in Run.held]
+    saved = {p: read_json(p / "config.json") for p in candidates if (p / "config.json").exists()}
+    same = [p for p, s in saved.items() if s.get("hash") == c.hash() and s.get("kind") == self.kind and not (p / "metrics.json").exists()]
+    if same: return max(same, key=lambda p: p.stat().st_mtime)
+    mine = {p: s for p, s in saved.items() if s.get("kind") == self.kind}
+    if not mine:
+        if c.run_name and (folder / c.run_name / "config.json").exists(): raise LabError(f"run {c.run_name} was made by {saved[candidates[0]].get('kind')!r}, not {self.kind!r}; give another run_name")
+        if c.run_name: return self._restart(folder / c.run_name)
+        raise LabError(f"resume=True, but there is no unfinished {self.kind} run in {folder}; use resume=False, or give the run's run_name")
+    def differ(s): return [f"{k} (there {s.get(k)!r}, here {v!r})" for k, v in c.identity().items() if s.get(k) != v]
+    near = min(mine, key=lambda p: len(differ(mine[p])))
+    raise LabError(f"resume=True, but unfinished run {near.name} has another configuration: {'; '.join(differ(mine[near]))}; use its values, or resume=False")
 
-    def _take_lock(self) -> None:
-        if old := Run.held.pop(str(self.path), None): old.close()
-        self._handle = _lock(self.path / ".lock")
-        if self._handle is None: raise LabError(f"run {self.name} is being written by another process; wait for it, stop it, or use another run_name")
-        Run.held[str(self.path)] = self._handle
+@patch
+def _restart(self: Run, path: Path) -> None:
+    "A folder that was killed before its configuration was written holds nothing: make it again."
+    if any((path / "checkpoints").glob("*")): raise LabError(f"{path} has checkpoints but no config.json; restore it or delete the folder")
+    import shutil
+    shutil.rmtree(path)
 
-    def log(self, metrics: dict, step: int, epoch: float = 0) -> None:
-        "Append one line to metrics.jsonl; it reaches the system at once, so a kill loses none."
-        if not self.writes: return
-        line = json.dumps({"schema": SCHEMA, "step": step, "epoch": epoch, **plain(metrics)}, allow_nan=False)
-        with open(self.path / "metrics.jsonl", "a", encoding="utf-8") as f: f.write(line + "\n")
+# %% ../nbs/00_core.ipynb #c049
+@patch
+def log(self: Run, metrics: dict, step: int, epoch: float = 0) -> None:
+    "Append one line to metrics.jsonl; it reaches the system at once, so a kill loses none."
+    if not self.writes: return
+    line = json.dumps({"schema": SCHEMA, "step": step, "epoch": epoch, **plain(metrics)}, allow_nan=False)
+    with open(self.path / "metrics.jsonl", "a", encoding="utf-8") as f: f.write(line + "\n")
 
-    def truncate(self, step: int) -> None:
-        "Forget lines after `step`, and a line that a kill cut off: the checkpoint is where the run continues."
-        if not self.writes or not (self.path / "metrics.jsonl").exists(): return
-        kept = [line for line in read_metrics(self.path) if line["step"] <= step]
-        with atomic_write(self.path / "metrics.jsonl", "w") as f: f.writelines(json.dumps(line) + "\n" for line in kept)
+@patch
+def truncate(self: Run, step: int) -> None:
+    "Forget lines after `step`, and a line that a kill cut off: the checkpoint is where the run continues."
+    if not self.writes or not (self.path / "metrics.jsonl").exists(): return
+    kept = [line for line in read_metrics(self.path) if line["step"] <= step]
+    with atomic_write(self.path / "metrics.jsonl", "w") as f: f.writelines(json.dumps(line) + "\n" for line in kept)
 
-    def finish(self, summary: dict) -> None:
-        "Write metrics.json, the mark of a finished run, and release the folder."
-        if self.writes: write_json(self.path / "metrics.json", dict(run=self.name, kind=self.kind, hash=self.cfg.hash(), **summary))
-        self.close()
+@patch
+def finish(self: Run, summary: dict) -> None:
+    "Write metrics.json, the mark of a finished run, and release the folder."
+    if self.writes: write_json(self.path / "metrics.json", dict(run=self.name, kind=self.kind, hash=self.cfg.hash(), **summary))
+    self.close()
 
-    def close(self) -> None:
-        "Release the folder; a run without metrics.json can be resumed."
-        if handle := Run.held.pop(str(self.path), None): handle.close()
+@patch
+def close(self: Run) -> None:
+    "Release the folder; a run without metrics.json can be resumed."
+    if handle := Run.held.pop(str(self.path), None): handle.close()
 
 def read_metrics(path: str | Path) -> list[dict]:
     "The lines of a run's metrics.jsonl; a last line that a kill cut off is left out."
@@ -427,7 +439,7 @@ def read_metrics(path: str | Path) -> list[dict]:
             if i < len(lines) - 1: raise LabError(f"{path} line {i + 1} is not valid JSON; restore the file or delete that line") from None
     return out
 
-# %% ../nbs/00_core.ipynb #c048
+# %% ../nbs/00_core.ipynb #c054
 def list_runs(folder: Path | None = None) -> list[dict]:
     "Every run: name, kind, state, last step and epoch, its summary or last metrics, and age in seconds; newest first."
     rows = []

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 from torch import nn
 from .core import (Config, LabError, Run, atomic_write, choose_device, import_torchvision, mix, param, plain, read_json, seed_everything, unknown)
 from .data import Batches, Dataset, load_dataset, normalize, save_splits
@@ -20,7 +21,7 @@ from .track import start_tracker
 __all__ = ['OPTIMIZERS', 'TrainConfig', 'optimizer_class', 'optimizer_settings', 'make_optimizer', 'lr_at',
            'expected_calibration_error', 'classification_metrics', 'Task', 'Classify', 'EMA', 'undisturbed',
            'GlobalBatchNorm', 'globalize_batchnorm', 'random_state', 'set_random_state', 'save_checkpoint', 'NotFinite',
-           'fit', 'open_run', 'prepare', 'classifier']
+           'Loop', 'fit', 'open_run', 'prepare', 'classifier']
 
 # %% ../nbs/07_train.ipynb #c005
 @dataclass
@@ -292,7 +293,8 @@ def _link(source: Path, target: Path) -> None:
 # %% ../nbs/07_train.ipynb #c036
 class NotFinite(LabError): "The loss or its gradient became NaN or infinite."
 
-class _Loop:
+class Loop:
+    "The state of one training; `fit` makes it and calls `go`."
     def __init__(self, task: Task, cfg: TrainConfig, run: Run):
         self.task, self.cfg, self.run = task, cfg, run
         self.accelerator = _accelerator(cfg)
@@ -319,227 +321,246 @@ class _Loop:
         self.sums, self.count, self.bad = {}, 0, torch.full((), -1, dtype=torch.int64, device=self.device)
         self.window = dict(start=time.perf_counter(), data=0.0, steps=0, images=0)
 
-    # ---- one step
+# %% ../nbs/07_train.ipynb #c038
+@patch
+def autocast(self: Loop): return torch.autocast(self.device.type, self.dtype) if self.dtype else contextlib.nullcontext()
 
-    def autocast(self): return torch.autocast(self.device.type, self.dtype) if self.dtype else contextlib.nullcontext()
+@patch
+def lr(self: Loop, step: int) -> float:
+    c = self.cfg
+    return lr_at(step, self.total, self.base_lr, c.schedule, c.warmup, c.milestones, c.final_lr)
 
-    def train_step(self, group: list) -> None:
-        cfg, step = self.cfg, self.step
-        torch.manual_seed(mix(cfg.seed, step, self.rank))  # dropout and the like: a function of the step, not of what came before
-        for g in self.optimizer.param_groups: g["lr"] = self.lr(step)
-        total = 0.0
-        for i, batch in enumerate(group):
-            last = i == len(group) - 1
-            with contextlib.nullcontext() if last or not self.accelerator else self.accelerator.no_sync(self.task.net):
-                with self.autocast(): loss, metrics = self.task.loss(batch, step)
-                self.scaler.scale(loss / len(group)).backward()
-            total = total + loss.detach()
-            self._add({"train/loss": loss, **metrics}, 1 / len(group))
-        self.scaler.unscale_(self.optimizer)
-        grads = [p.grad for p in self.parameters if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(grads)
-        if cfg.grad_clip: torch.nn.utils.clip_grads_with_norm_(self.parameters, cfg.grad_clip, norm)
-        self._add({"train/grad_norm": norm}, 1)
-        finite = torch.isfinite(total if self.dtype is torch.float16 else total + norm)  # fp16 skips steps whose gradient overflowed
-        self.bad = torch.where(finite | (self.bad >= 0), self.bad, step)
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        self.optimizer.zero_grad(set_to_none=True)
-        if self.ema: self.ema.update(self.model, step)
-        self.task.after_step(step)
-        self.step, self.count = step + 1, self.count + 1
+@patch
+def _add(self: Loop, metrics: dict, weight: float) -> None:
+    for k, v in metrics.items():
+        v = v.detach().float() * weight
+        self.sums[k] = self.sums[k] + v if k in self.sums else v
 
-    def lr(self, step: int) -> float:
-        c = self.cfg
-        return lr_at(step, self.total, self.base_lr, c.schedule, c.warmup, c.milestones, c.final_lr)
+@patch
+def train_step(self: Loop, group: list) -> None:
+    cfg, step = self.cfg, self.step
+    torch.manual_seed(mix(cfg.seed, step, self.rank))  # dropout and the like: a function of the step, not of what came before
+    for g in self.optimizer.param_groups: g["lr"] = self.lr(step)
+    total = 0.0
+    for i, batch in enumerate(group):
+        last = i == len(group) - 1
+        with contextlib.nullcontext() if last or not self.accelerator else self.accelerator.no_sync(self.task.net):
+            with self.autocast(): loss, metrics = self.task.loss(batch, step)
+            self.scaler.scale(loss / len(group)).backward()
+        total = total + loss.detach()
+        self._add({"train/loss": loss, **metrics}, 1 / len(group))
+    self.scaler.unscale_(self.optimizer)
+    grads = [p.grad for p in self.parameters if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm(grads)
+    if cfg.grad_clip: torch.nn.utils.clip_grads_with_norm_(self.parameters, cfg.grad_clip, norm)
+    self._add({"train/grad_norm": norm}, 1)
+    finite = torch.isfinite(total if self.dtype is torch.float16 else total + norm)  # fp16 skips steps whose gradient overflowed
+    self.bad = torch.where(finite | (self.bad >= 0), self.bad, step)
+    self.scaler.step(self.optimizer)
+    self.scaler.update()
+    self.optimizer.zero_grad(set_to_none=True)
+    if self.ema: self.ema.update(self.model, step)
+    self.task.after_step(step)
+    self.step, self.count = step + 1, self.count + 1
 
-    def _add(self, metrics: dict, weight: float) -> None:
-        for k, v in metrics.items():
-            v = v.detach().float() * weight
-            self.sums[k] = self.sums[k] + v if k in self.sums else v
+# %% ../nbs/07_train.ipynb #c040
+@patch
+def check_finite(self: Loop) -> None:
+    bad = self._reduce(self.bad, "max").item()
+    if bad < 0: return
+    last = self.run.path / "checkpoints" / "last.pt"
+    kept = f"the last good checkpoint is {last} (step {load_checkpoint(last)['step']})" if last.exists() else "no checkpoint had been written yet"
+    raise NotFinite(f"the loss or its gradient is not finite at step {bad}; {kept}; use a smaller lr (now {self.base_lr:g}), grad_clip or more warmup")
 
-    # ---- log, evaluate, save
+@patch
+def _reduce(self: Loop, value: torch.Tensor, how: str) -> torch.Tensor:
+    if self.world == 1: return value
+    import torch.distributed as dist
+    value = value.clone()
+    dist.all_reduce(value, dist.ReduceOp.MAX if how == "max" else dist.ReduceOp.SUM)
+    return value if how == "max" else value / self.world
 
-    def check_finite(self) -> None:
-        bad = self._reduce(self.bad, "max").item()
-        if bad < 0: return
-        last = self.run.path / "checkpoints" / "last.pt"
-        kept = f"the last good checkpoint is {last} (step {load_checkpoint(last)['step']})" if last.exists() else "no checkpoint had been written yet"
-        raise NotFinite(f"the loss or its gradient is not finite at step {bad}; {kept}; use a smaller lr (now {self.base_lr:g}), grad_clip or more warmup")
+@patch
+def write(self: Loop, metrics: dict) -> None:
+    self.run.log(metrics, self.step, round(self.step / self.steps_per_epoch, 4))
+    if self.tracker: self.tracker.log(plain(metrics), self.step)
 
-    def _reduce(self, value: torch.Tensor, how: str) -> torch.Tensor:
-        if self.world == 1: return value
-        import torch.distributed as dist
-        value = value.clone()
-        dist.all_reduce(value, dist.ReduceOp.MAX if how == "max" else dist.ReduceOp.SUM)
-        return value if how == "max" else value / self.world
+@patch
+def log(self: Loop) -> None:
+    "One line of training metrics: the only place where a step's numbers reach the host."
+    self.check_finite()
+    names = sorted(self.sums)
+    values = self._reduce(torch.stack([self.sums[n] for n in names]) / self.count, "mean").tolist()
+    w, now = self.window, time.perf_counter()
+    step_time = (now - w["start"]) / max(1, w["steps"])
+    line = dict(zip(names, values)) | {"train/lr": self.lr(self.step - 1), "train/step_time": step_time, "train/data_time": w["data"] / max(1, w["steps"])}
+    line |= {"progress/epoch": self.step / self.steps_per_epoch, "progress/steps_completed": self.step, "progress/steps_remaining": self.total - self.step,
+             "progress/percent_complete": 100 * self.step / self.total, "progress/eta_seconds": step_time * (self.total - self.step),
+             "system/steps_per_second": 1 / step_time, "system/images_per_second": w["images"] * self.world / (now - w["start"])}
+    if self.device.type == "cuda":
+        line |= {"system/gpu_memory_allocated_gb": torch.cuda.memory_allocated() / 2**30, "system/gpu_memory_reserved_gb": torch.cuda.memory_reserved() / 2**30}
+        with contextlib.suppress(Exception): line["system/gpu_utilization"] = torch.cuda.utilization()
+    self.write(line)
+    self.last_metrics |= line
+    self._reset()
+    if self.bar is not None:
+        shown = self.task.shown
+        self.bar.set_postfix_str(f"loss {line['train/loss']:.4f}" + (f", {shown.split('/')[-1]} {line[shown]:.4f}" if shown in line else ""), refresh=False)
 
-    def log(self) -> None:
-        "One line of training metrics: the only place where a step's numbers reach the host."
-        self.check_finite()
-        names = sorted(self.sums)
-        values = self._reduce(torch.stack([self.sums[n] for n in names]) / self.count, "mean").tolist()
-        w, now = self.window, time.perf_counter()
-        step_time = (now - w["start"]) / max(1, w["steps"])
-        line = dict(zip(names, values)) | {"train/lr": self.lr(self.step - 1), "train/step_time": step_time, "train/data_time": w["data"] / max(1, w["steps"])}
-        line |= {"progress/epoch": self.step / self.steps_per_epoch, "progress/steps_completed": self.step, "progress/steps_remaining": self.total - self.step,
-                 "progress/percent_complete": 100 * self.step / self.total, "progress/eta_seconds": step_time * (self.total - self.step),
-                 "system/steps_per_second": 1 / step_time, "system/images_per_second": w["images"] * self.world / (now - w["start"])}
-        if self.device.type == "cuda":
-            line |= {"system/gpu_memory_allocated_gb": torch.cuda.memory_allocated() / 2**30, "system/gpu_memory_reserved_gb": torch.cuda.memory_reserved() / 2**30}
-            with contextlib.suppress(Exception): line["system/gpu_utilization"] = torch.cuda.utilization()
-        self.write(line)
-        self.last_metrics |= line
-        self._reset()
-        if self.bar is not None:
-            shown = self.task.shown
-            self.bar.set_postfix_str(f"loss {line['train/loss']:.4f}" + (f", {shown.split('/')[-1]} {line[shown]:.4f}" if shown in line else ""), refresh=False)
+# %% ../nbs/07_train.ipynb #c042
+@patch(as_prop=True)
+def inference_model(self: Loop) -> nn.Module: return self.ema.model if self.ema else self.model
 
-    def write(self, metrics: dict) -> None:
-        self.run.log(metrics, self.step, round(self.step / self.steps_per_epoch, 4))
-        if self.tracker: self.tracker.log(plain(metrics), self.step)
+@patch
+def evaluate(self: Loop) -> bool:
+    "Evaluate on validation, remember the best; True if it is time to stop."
+    with undisturbed(self.inference_model) as model, self.autocast():
+        metrics = self.task.evaluate(model, "val")
+        if self.rank == 0: self.task.preview(model, self.run)
+    self.write(metrics) if metrics else None
+    self.last_metrics |= metrics
+    name, direction = self.task.monitor
+    value = metrics.get(name)
+    if value is None or not math.isfinite(value): return False
+    gain = math.inf if self.best is None else (value - self.best["value"]) * (1 if direction == "max" else -1)
+    if gain >= 0: self.best = dict(value=value, step=self.step)  # a tie goes to the later weights, but is no progress
+    self.since_best = 0 if gain > 0 else self.since_best + 1
+    return bool(self.cfg.patience) and self.since_best >= self.cfg.patience
 
-    @property
-    def inference_model(self) -> nn.Module: return self.ema.model if self.ema else self.model
+# %% ../nbs/07_train.ipynb #c044
+@patch
+def elapsed(self: Loop) -> tuple[float, float]:
+    "Wall and CPU seconds of this process, over all its continuations."
+    return self.seconds[0] + time.perf_counter() - self.started[0], self.seconds[1] + time.process_time() - self.started[1]
 
-    def evaluate(self) -> bool:
-        "Evaluate on validation, remember the best; True if it is time to stop."
-        with undisturbed(self.inference_model) as model, self.autocast():
-            metrics = self.task.evaluate(model, "val")
-            if self.rank == 0: self.task.preview(model, self.run)
-        self.write(metrics) if metrics else None
-        self.last_metrics |= metrics
-        name, direction = self.task.monitor
-        value = metrics.get(name)
-        if value is None or not math.isfinite(value): return False
-        gain = math.inf if self.best is None else (value - self.best["value"]) * (1 if direction == "max" else -1)
-        if gain >= 0: self.best = dict(value=value, step=self.step)  # a tie goes to the later weights, but is no progress
-        self.since_best = 0 if gain > 0 else self.since_best + 1
-        return bool(self.cfg.patience) and self.since_best >= self.cfg.patience
+@patch
+def checkpoint(self: Loop) -> dict:
+    spec = getattr(self.model, "spec", {"factory": "", "kwargs": {}})
+    loop = dict(sums=self.sums, count=self.count, best=self.best, since_best=self.since_best, seconds=self.elapsed(), scaler=self.scaler.state_dict())
+    return dict(model=self.model.state_dict(), ema=self.ema.model.state_dict() if self.ema else None, optimizer=self.optimizer.state_dict(), task=self.task.state(),
+                rng=random_state(), config=plain(self.cfg), factory=spec["factory"], kwargs=spec["kwargs"], step=self.step, epoch=self.step // self.steps_per_epoch,
+                metrics=plain(self.last_metrics), loop=loop)
 
-    def checkpoint(self) -> dict:
-        spec = getattr(self.model, "spec", {"factory": "", "kwargs": {}})
-        loop = dict(sums=self.sums, count=self.count, best=self.best, since_best=self.since_best, seconds=self.elapsed(), scaler=self.scaler.state_dict())
-        return dict(model=self.model.state_dict(), ema=self.ema.model.state_dict() if self.ema else None, optimizer=self.optimizer.state_dict(), task=self.task.state(),
-                    rng=random_state(), config=plain(self.cfg), factory=spec["factory"], kwargs=spec["kwargs"], step=self.step, epoch=self.step // self.steps_per_epoch,
-                    metrics=plain(self.last_metrics), loop=loop)
+@patch
+def save(self: Loop) -> None:
+    "last.pt, then best.pt and the numbered ones as links to the same bytes."
+    self.check_finite()
+    if self.rank: return
+    folder = self.run.path / "checkpoints"
+    save_checkpoint(folder / "last.pt", self.checkpoint())
+    if self.best and self.best["step"] == self.step: _link(folder / "last.pt", folder / "best.pt")
+    if self.cfg.keep_last: _link(folder / "last.pt", folder / f"step_{self.step:08d}.pt")
+    for old in sorted(folder.glob("step_*.pt"))[:-self.cfg.keep_last or None]: old.unlink()
 
-    def save(self) -> None:
-        "last.pt, then best.pt and the numbered ones as links to the same bytes."
-        self.check_finite()
-        if self.rank: return
-        folder = self.run.path / "checkpoints"
-        save_checkpoint(folder / "last.pt", self.checkpoint())
-        if self.best and self.best["step"] == self.step: _link(folder / "last.pt", folder / "best.pt")
-        if self.cfg.keep_last: _link(folder / "last.pt", folder / f"step_{self.step:08d}.pt")
-        for old in sorted(folder.glob("step_*.pt"))[:-self.cfg.keep_last or None]: old.unlink()
+@patch
+def restore(self: Loop) -> None:
+    path = self.run.path / "checkpoints" / "last.pt"
+    if not path.exists(): return self.run.truncate(-1)  # killed before its first checkpoint
+    c = load_checkpoint(path)
+    self.model.load_state_dict(c["model"])
+    if self.ema: self.ema.model.load_state_dict(c["ema"])
+    self.optimizer.load_state_dict(c["optimizer"])
+    self.task.load_state(c["task"])
+    set_random_state(c["rng"])
+    loop = c["loop"]
+    if loop["scaler"]: self.scaler.load_state_dict(loop["scaler"])
+    self.sums, self.count = {k: v.to(self.device) for k, v in loop["sums"].items()}, loop["count"]
+    self.step, self.best, self.since_best, self.seconds, self.last_metrics = c["step"], loop["best"], loop["since_best"], loop["seconds"], c["metrics"]
+    self.run.truncate(self.step)
 
-    def restore(self) -> None:
-        path = self.run.path / "checkpoints" / "last.pt"
-        if not path.exists(): return self.run.truncate(-1)  # killed before its first checkpoint
-        c = load_checkpoint(path)
-        self.model.load_state_dict(c["model"])
-        if self.ema: self.ema.model.load_state_dict(c["ema"])
-        self.optimizer.load_state_dict(c["optimizer"])
-        self.task.load_state(c["task"])
-        set_random_state(c["rng"])
-        loop = c["loop"]
-        if loop["scaler"]: self.scaler.load_state_dict(loop["scaler"])
-        self.sums, self.count = {k: v.to(self.device) for k, v in loop["sums"].items()}, loop["count"]
-        self.step, self.best, self.since_best, self.seconds, self.last_metrics = c["step"], loop["best"], loop["since_best"], loop["seconds"], c["metrics"]
-        self.run.truncate(self.step)
+# %% ../nbs/07_train.ipynb #c046
+@patch
+def _boundary(self: Loop, began: float) -> bool:
+    cfg, step, final = self.cfg, self.step, self.step == self.total
+    if step % cfg.log_every == 0 or final: self.log()
+    if step % self.steps_per_epoch == 0: self.write({"train/epoch_time": time.perf_counter() - began})
+    due = final or step % (cfg.eval_every * self.unit) == 0
+    stop = self.evaluate() if due else False
+    if due or step % (cfg.save_every * self.unit) == 0: self.save()
+    if due: self.window["start"], self.window["data"] = time.perf_counter(), 0.0  # evaluation is not training time
+    return stop
 
-    def elapsed(self) -> tuple[float, float]:
-        "Wall and CPU seconds of this process, over all its continuations."
-        return self.seconds[0] + time.perf_counter() - self.started[0], self.seconds[1] + time.process_time() - self.started[1]
+@patch
+def train_epoch(self: Loop, batches) -> bool:
+    "Steps until the data end; True if training should stop."
+    cfg, began = self.cfg, time.perf_counter()
+    while self.step < self.total:
+        start = time.perf_counter()
+        group = list(itertools.islice(batches, cfg.accumulation))
+        if not group: break
+        self.window["data"] += time.perf_counter() - start
+        self.train_step(group)
+        self.window["steps"] += 1
+        self.window["images"] += sum(len(b[0]) for b in group)
+        if self.bar is not None: self.bar.update()
+        if self._boundary(began): return True
+    return False
 
-    # ---- the whole
+@patch
+def train(self: Loop) -> None:
+    if self.step == 0:
+        parameters = sum(p.numel() for p in self.model.parameters())
+        facts = {"model/total_parameters_millions": parameters / 1e6, "dataset/num_batches": len(self.task.batches(0))} | ({"model/ema_decay": self.cfg.ema_decay} if self.ema else {})
+        if data := getattr(self.task, "data", None): facts |= {"dataset/name": data.name, "dataset/size": len(data.train.labels), "dataset/classes": len(data.classes)}
+        self.write(facts)
+    self.model.train()
+    stop = self.best is not None and bool(self.cfg.patience) and self.since_best >= self.cfg.patience
+    while self.step < self.total and not stop:
+        epoch, done = divmod(self.step, self.steps_per_epoch)
+        batches = itertools.islice(iter(self.task.batches(epoch)), done * self.cfg.accumulation, None)
+        stop = self.train_epoch(batches)
 
-    def go(self) -> dict:
-        cfg, run = self.cfg, self.run
-        if run.resumed: self.restore()
-        if self.rank == 0 and hasattr(self.task, "data"): save_splits(run.path / "splits.npz", self.task.data)
-        self.started = time.perf_counter(), time.process_time()
-        net = torch.compile(self.model, mode="reduce-overhead" if self.device.type == "cuda" else None) if cfg.compile else self.model
-        self.task.net = self.accelerator.prepare_model(net) if self.accelerator else net
-        self.tracker = start_tracker(cfg.tracker, run, plain(cfg), resumed=run.resumed) if self.rank == 0 else None
-        self.bar = _bar(self.total, self.step, run.name) if self.rank == 0 else None
-        try:
-            self.train()
-            return self.finish()
-        except OSError as e:
-            raise LabError(f"cannot write to {run.path} ({e.strerror or e}); what was checkpointed is intact: free the disk, then continue with resume=True") from e
-        finally:
-            if self.bar is not None: self.bar.close()
-            if self.tracker: self.tracker.finish()
-            self.task.net = self.model
+# %% ../nbs/07_train.ipynb #c048
+@patch
+def finish(self: Loop) -> dict:
+    "Test once, at the best-validation weights and at the last; write the inference weights and the summary."
+    cfg, run, folder = self.cfg, self.run, self.run.path / "checkpoints"
+    with undisturbed(self.inference_model) as model, self.autocast(): last = self.task.evaluate(model, "test")
+    at_best = dict(last)
+    if self.accelerator: self.accelerator.wait_for_everyone()  # best.pt is rank 0's
+    if self.best and self.best["step"] != self.step:
+        c = load_checkpoint(folder / "best.pt")
+        model = copy.deepcopy(self.inference_model)
+        model.load_state_dict(c["ema"] or c["model"])
+        with undisturbed(model), self.autocast(): at_best = self.task.evaluate(model, "test")
+    summary = {k: v for k, v in self.last_metrics.items() if k.startswith(("val/", "train/", "eval/"))} | at_best
+    summary |= {k.replace("/", "/last_", 1): v for k, v in last.items()}
+    if self.best: summary |= {f"{self.task.monitor[0].replace('/', '/best_', 1)}": self.best["value"], "best_step": self.best["step"], "best_epoch": self.best["step"] / self.steps_per_epoch}
+    summary |= dict(steps=self.step, epochs=self.step / self.steps_per_epoch, train_seconds=self.elapsed()[0], train_cpu_seconds=self.elapsed()[1], stopped_early=self.step < self.total, processes=self.world, model_name=getattr(cfg, "model", ""),
+                    parameters=sum(p.numel() for p in self.model.parameters()), checkpoint_path=f"checkpoints/{'best' if self.best else 'last'}.pt")
+    if self.rank == 0:
+        final = self.checkpoint() | dict(model=self.inference_model.state_dict(), ema=None, optimizer=None)
+        save_checkpoint(run.path / "final_model.pt", final)
+        if self.tracker:
+            self.tracker.log(plain({k: v for k, v in summary.items() if k.startswith("test/")}), self.step)
+            self.tracker.summary(plain(summary))
+            for alias, file in (("latest", "last.pt"), ("best", "best.pt")):
+                if (folder / file).exists(): self.tracker.artifact(folder / file, f"model-{run.name}", (alias,))
+    run.finish(summary)
+    return summary
 
-    def train(self) -> None:
-        if self.step == 0:
-            parameters = sum(p.numel() for p in self.model.parameters())
-            facts = {"model/total_parameters_millions": parameters / 1e6, "dataset/num_batches": len(self.task.batches(0))} | ({"model/ema_decay": self.cfg.ema_decay} if self.ema else {})
-            if data := getattr(self.task, "data", None): facts |= {"dataset/name": data.name, "dataset/size": len(data.train.labels), "dataset/classes": len(data.classes)}
-            self.write(facts)
-        self.model.train()
-        stop = self.best is not None and bool(self.cfg.patience) and self.since_best >= self.cfg.patience
-        while self.step < self.total and not stop:
-            epoch, done = divmod(self.step, self.steps_per_epoch)
-            batches = itertools.islice(iter(self.task.batches(epoch)), done * self.cfg.accumulation, None)
-            stop = self.train_epoch(batches)
+# %% ../nbs/07_train.ipynb #c050
+@patch
+def go(self: Loop) -> dict:
+    cfg, run = self.cfg, self.run
+    if run.resumed: self.restore()
+    if self.rank == 0 and hasattr(self.task, "data"): save_splits(run.path / "splits.npz", self.task.data)
+    self.started = time.perf_counter(), time.process_time()
+    net = torch.compile(self.model, mode="reduce-overhead" if self.device.type == "cuda" else None) if cfg.compile else self.model
+    self.task.net = self.accelerator.prepare_model(net) if self.accelerator else net
+    self.tracker = start_tracker(cfg.tracker, run, plain(cfg), resumed=run.resumed) if self.rank == 0 else None
+    self.bar = _bar(self.total, self.step, run.name) if self.rank == 0 else None
+    try:
+        self.train()
+        return self.finish()
+    except OSError as e:
+        raise LabError(f"cannot write to {run.path} ({e.strerror or e}); what was checkpointed is intact: free the disk, then continue with resume=True") from e
+    finally:
+        if self.bar is not None: self.bar.close()
+        if self.tracker: self.tracker.finish()
+        self.task.net = self.model
 
-    def train_epoch(self, batches) -> bool:
-        "Steps until the data end; True if training should stop."
-        cfg, began = self.cfg, time.perf_counter()
-        while self.step < self.total:
-            start = time.perf_counter()
-            group = list(itertools.islice(batches, cfg.accumulation))
-            if not group: break
-            self.window["data"] += time.perf_counter() - start
-            self.train_step(group)
-            self.window["steps"] += 1
-            self.window["images"] += sum(len(b[0]) for b in group)
-            if self.bar is not None: self.bar.update()
-            if self._boundary(began): return True
-        return False
-
-    def _boundary(self, began: float) -> bool:
-        cfg, step, final = self.cfg, self.step, self.step == self.total
-        if step % cfg.log_every == 0 or final: self.log()
-        if step % self.steps_per_epoch == 0: self.write({"train/epoch_time": time.perf_counter() - began})
-        due = final or step % (cfg.eval_every * self.unit) == 0
-        stop = self.evaluate() if due else False
-        if due or step % (cfg.save_every * self.unit) == 0: self.save()
-        if due: self.window["start"], self.window["data"] = time.perf_counter(), 0.0  # evaluation is not training time
-        return stop
-
-    def finish(self) -> dict:
-        "Test once, at the best-validation weights and at the last; write the inference weights and the summary."
-        cfg, run, folder = self.cfg, self.run, self.run.path / "checkpoints"
-        with undisturbed(self.inference_model) as model, self.autocast(): last = self.task.evaluate(model, "test")
-        at_best = dict(last)
-        if self.accelerator: self.accelerator.wait_for_everyone()  # best.pt is rank 0's
-        if self.best and self.best["step"] != self.step:
-            c = load_checkpoint(folder / "best.pt")
-            model = copy.deepcopy(self.inference_model)
-            model.load_state_dict(c["ema"] or c["model"])
-            with undisturbed(model), self.autocast(): at_best = self.task.evaluate(model, "test")
-        summary = {k: v for k, v in self.last_metrics.items() if k.startswith(("val/", "train/", "eval/"))} | at_best
-        summary |= {k.replace("/", "/last_", 1): v for k, v in last.items()}
-        if self.best: summary |= {f"{self.task.monitor[0].replace('/', '/best_', 1)}": self.best["value"], "best_step": self.best["step"], "best_epoch": self.best["step"] / self.steps_per_epoch}
-        summary |= dict(steps=self.step, epochs=self.step / self.steps_per_epoch, train_seconds=self.elapsed()[0], train_cpu_seconds=self.elapsed()[1], stopped_early=self.step < self.total, processes=self.world, model_name=getattr(cfg, "model", ""),
-                        parameters=sum(p.numel() for p in self.model.parameters()), checkpoint_path=f"checkpoints/{'best' if self.best else 'last'}.pt")
-        if self.rank == 0:
-            final = self.checkpoint() | dict(model=self.inference_model.state_dict(), ema=None, optimizer=None)
-            save_checkpoint(run.path / "final_model.pt", final)
-            if self.tracker:
-                self.tracker.log(plain({k: v for k, v in summary.items() if k.startswith("test/")}), self.step)
-                self.tracker.summary(plain(summary))
-                for alias, file in (("latest", "last.pt"), ("best", "best.pt")):
-                    if (folder / file).exists(): self.tracker.artifact(folder / file, f"model-{run.name}", (alias,))
-        run.finish(summary)
-        return summary
-
-# %% ../nbs/07_train.ipynb #c037
+# %% ../nbs/07_train.ipynb #c051
 def _accelerator(cfg: TrainConfig):
     "Accelerate, when this is one of several processes."
     if int(os.environ.get("WORLD_SIZE", "1")) == 1: return None
@@ -568,7 +589,7 @@ def fit(task: Task,       # what to train
     return _fit_here(task, cfg, run)
 
 def _fit_here(task: Task, cfg: TrainConfig, run: Run) -> dict:
-    try: return _Loop(task, cfg, run).go()
+    try: return Loop(task, cfg, run).go()
     finally: run.close()
 
 def open_run(cfg: TrainConfig, kind: str = "train") -> Run:
@@ -586,7 +607,7 @@ def open_run(cfg: TrainConfig, kind: str = "train") -> Run:
     if given[0] is None: raise LabError(given[1])
     return run if accelerator.is_main_process else Run.join(cfg, kind, given[0], given[1])
 
-# %% ../nbs/07_train.ipynb #c038
+# %% ../nbs/07_train.ipynb #c052
 def prepare(cfg: TrainConfig) -> Dataset:
     "Seeds, threads and data of a run; refuses what cannot work before anything is written."
     choose_device(cfg.device)
