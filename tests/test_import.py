@@ -3,7 +3,7 @@ import json, resource, subprocess, sys
 from conftest import ROOT
 
 HEAVY = ("torchvision timm diffusers transformers wandb trackio mlflow keras tensorflow ray optuna sklearn scipy pandas matplotlib seaborn PIL datasets lpips cleanfid accelerate "
-         "papermill nbclient nbdev fastcore IPython yaml requests").split()
+         "papermill nbclient nbdev IPython yaml requests").split()
 LIGHT = ("core", "sweep", "cli")                         # not even torch
 ALLOWED = {"plots": {"matplotlib", "PIL"}}               # what a module is about
 
