@@ -37,7 +37,9 @@ class Page:
     def open(self, name: str, count: int) -> None:
         self.keys().double_click(self.find(f".jp-DirListing-item[title*='{name}']")[0]).perform()
         self.wait(lambda: len(self.cells()) == count and all(c["source"] for c in self.cells()), f"the {count} code cells of {name}")
-        self.find(".jp-Notebook-ExecutionIndicator[data-status=idle]")
+        def ready():  # before the kernel is chosen the indicator says idle, too, and JupyterLab forgets what it is asked to run
+            return self.find(".jp-Toolbar-kernelName")[-1].text not in ("", "No Kernel") and self.driver.find_elements("css selector", ".jp-Notebook-ExecutionIndicator[data-status=idle]")
+        self.wait(ready, "the kernel")
 
     def add_line(self, marker: str, line: str) -> None:
         "Type at the end of the cell that contains `marker`."
