@@ -131,7 +131,7 @@ def seed_everything(seed: int = 42,
     random.seed(seed), np.random.seed(seed % 2**32), torch.manual_seed(seed)  # torch.manual_seed covers every CUDA device
     exact = deterministic != "off"
     torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = exact, not exact
-    torch.use_deterministic_algorithms(exact, warn_only=deterministic != "raise")
+    torch.set_deterministic_debug_mode({"off": "default", "on": "warn", "warn": "warn", "raise": "error"}[deterministic])  # use_deterministic_algorithms would import the compiler: a second
     torch.utils.deterministic.fill_uninitialized_memory = False  # it costs time and hides nothing here
     warnings.filterwarnings("ignore" if deterministic == "on" else "default", message=".*does not have a deterministic implementation.*")
 
@@ -382,7 +382,11 @@ def _find(self: Run, folder: Path) -> Path | None:
         if run_state(candidates[0]) == "finished": raise LabError(f"run {c.run_name} is finished; nothing to resume (give another run_name, or resume=False)")
     else:
         candidates = [p.parent for p in folder.glob("*/config.json") if run_state(p.parent) == "stopped" or str(p.parent) in Run.held]
-    saved = {p: read_json(p / "config.json") for p in candidates if (p / "config.json").exists()}
+    saved = {}
+    for p in candidates:
+        try: saved[p] = read_json(p / "config.json")
+        except LabError:
+            if c.run_name and (p / "config.json").exists(): raise  # another run's damaged file must not stop this one
     same = [p for p, s in saved.items() if s.get("hash") == c.hash() and s.get("kind") == self.kind and not (p / "metrics.json").exists()]
     if same: return max(same, key=lambda p: p.stat().st_mtime)
     mine = {p: s for p, s in saved.items() if s.get("kind") == self.kind}

@@ -63,7 +63,7 @@ class TrainConfig(Config):
     log_every: int = param(50, "steps a line of metrics.jsonl", low=1)
     eval_every: int = param(10, "epochs between evaluations (the last epoch always is one)", low=1)
     save_every: int = param(1, "epochs between checkpoints", low=1)
-    keep_last: int = param(1, "how many numbered checkpoints to keep", low=0)
+    keep_last: int = param(2, "how many numbered checkpoints to keep", low=0)
 
     def __post_init__(self):
         super().__post_init__()
@@ -280,7 +280,9 @@ def set_random_state(state: dict) -> None:
 # %% ../nbs/07_train.ipynb #c034
 def save_checkpoint(path: Path, content: dict) -> None:
     "Write a checkpoint atomically."
-    with atomic_write(path) as f: torch.save(content, f)
+    with atomic_write(path) as f:
+        try: torch.save(content, f)
+        except RuntimeError as e: raise e.__context__ if isinstance(e.__context__, OSError) else e  # torch hides a full disk behind an error of its own
 
 def _link(source: Path, target: Path) -> None:
     "`target` becomes another name of `source`, atomically; a copy where the disk has no links."
@@ -546,6 +548,9 @@ def go(self: Loop) -> dict:
     if run.resumed: self.restore()
     if self.rank == 0 and hasattr(self.task, "data"): save_splits(run.path / "splits.npz", self.task.data)
     self.started = time.perf_counter(), time.process_time()
+    if cfg.compile and torch.are_deterministic_algorithms_enabled():
+        import torch._inductor.config
+        torch._inductor.config.deterministic = True
     net = torch.compile(self.model, mode="reduce-overhead" if self.device.type == "cuda" else None) if cfg.compile else self.model
     self.task.net = self.accelerator.prepare_model(net) if self.accelerator else net
     self.tracker = start_tracker(cfg.tracker, run, plain(cfg), resumed=run.resumed) if self.rank == 0 else None
