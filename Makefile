@@ -19,7 +19,7 @@ test: .venv/ready-dev
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive WANDB_MODE=offline $(BIN)/nbdev_test --n_workers 2 --timing
 
 lab: .venv/ready
-	$(BIN)/jupyter lab --notebook-dir=. $(LAB) nbs
+	$(BIN)/jupyter lab --notebook-dir=. --LabApp.default_url=/lab/tree/nbs $(LAB)
 
 slow: .venv/ready-dev
 	$(BIN)/python -m pytest -q tests --durations=10

@@ -20,6 +20,7 @@ SCHEMA = 1  # version of every JSON file a run writes
 
 class LabError(ValueError):
     "Input that cannot work, in one line: what was given, what is allowed, what to do."
+    def _render_traceback_(self) -> list[str]: return [f"{type(self).__name__}: {self}"]  # Jupyter shows the line, not the frames it came through
 
 def unknown(what: str,      # "data set", "model", ...
             name,           # what the user wrote

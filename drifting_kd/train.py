@@ -4,7 +4,7 @@
 
 # %% ../nbs/07_train.ipynb #c002
 from __future__ import annotations
-import contextlib, copy, dataclasses, inspect, itertools, math, os, shutil, time
+import contextlib, copy, dataclasses, inspect, itertools, math, os, shutil, sys, time
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np
@@ -27,23 +27,23 @@ __all__ = ['OPTIMIZERS', 'TrainConfig', 'optimizer_class', 'optimizer_settings',
 @dataclass
 class TrainConfig(Config):
     "Everything a supervised run needs; other families inherit and add."
-    dataset: str = param("digits", "digits, shapes, shapes100, mnist, cifar10, cifar100, tiny_imagenet or the name of an npz file in data_root")
+    dataset: str = param("digits", "digits, shapes, mnist, cifar10, ... or an npz in data_root")
     data_root: str = param("", "folder with the data; empty is DKD_DATA, else data/")
     image_size: int = param(0, "pixels a side; 0 is the data set's own", low=0, high=1024)
     limit: int = param(0, "number of training images, stratified; 0 is all", low=0)
     val_fraction: float = param(0.1, "share of the training images kept for selection", low=0, high=0.9)
     split_seed: int = param(42, "seed of the split", low=0)
-    normalization: str = param("data", "data (computed on training images) or constants (published CIFAR values)", choices=("data", "constants"))
+    normalization: str = param("data", "data (of the training images) or constants (CIFAR's published)", choices=("data", "constants"))
     flip: str = param("auto", "auto (as the data set allows), on or off", choices=("auto", "on", "off"))
     crop_padding: int = param(-1, "pixels of random shift; -1 is the data set's own", low=-1, high=64)
     deterministic: str = param("on", "off, on, warn (name operators that are not) or raise (stop at them)", choices=("off", "on", "warn", "raise"))
     device: str = param("auto", "auto, cpu, cuda, cuda:1 or mps")
-    threads: int = param(0, "CPU threads; 0 leaves them as they are (another number gives other last bits)", low=0, high=1024)
-    processes: int = param(1, "data-parallel processes; they share batch_size and the BatchNorm statistics", low=1, high=1024)
+    threads: int = param(0, "CPU threads; 0 leaves them (another number, other last bits)", low=0, high=1024)
+    processes: int = param(1, "data-parallel; they share batch_size and BatchNorm statistics", low=1, high=1024)
     precision: str = param("fp32", "fp32, bf16 or fp16", choices=("fp32", "bf16", "fp16"))
     model: str = param("resnet8", "name of the network")
     epochs: int = param(40, "passes over the training images", low=1, high=100_000)
-    steps: int = param(0, "optimiser steps instead of epochs; then every cadence below counts steps", low=0)
+    steps: int = param(0, "optimiser steps instead of epochs; cadences then count steps", low=0)
     batch_size: int = param(64, "images a step, over all processes", low=1)
     optimizer: str = param("sgd", "sgd, nesterov, adamw, muon, lion or any name of timm's factory")
     lr: float = param(0.0, "learning rate; 0 is the optimiser's own", low=0, high=100)
@@ -52,7 +52,7 @@ class TrainConfig(Config):
     weight_decay: float = param(-1.0, "weight decay; below 0 is the optimiser's own", low=-1, high=10)
     schedule: str = param("cosine", "none, cosine or step, after the warm-up", choices=("none", "cosine", "step"))
     warmup: int = param(0, "optimiser steps of linear warm-up", low=0)
-    milestones: tuple = param((0.5, 0.75), "fractions of training after which schedule step divides the rate by ten")
+    milestones: tuple = param((0.5, 0.75), "fractions of training where step divides the rate by ten")
     final_lr: float = param(0.0, "where cosine ends, as a fraction of lr", low=0, high=1)
     grad_clip: float = param(0.0, "largest gradient norm; 0 is off", low=0)
     accumulation: int = param(1, "batches a step", low=1, high=10_000)
@@ -61,7 +61,7 @@ class TrainConfig(Config):
     compile: bool = param(False, "compile the network; on a GPU with CUDA graphs")
     patience: int = param(0, "evaluations without improvement before stopping; 0 is off", low=0)
     log_every: int = param(50, "steps a line of metrics.jsonl", low=1)
-    eval_every: int = param(10, "epochs between evaluations (the last epoch always is one)", low=1)
+    eval_every: int = param(10, "epochs between evaluations; the end always is one", low=1)
     save_every: int = param(1, "epochs between checkpoints", low=1)
     keep_last: int = param(2, "how many numbered checkpoints to keep", low=0)
 
@@ -554,7 +554,7 @@ def go(self: Loop) -> dict:
     net = torch.compile(self.model, mode="reduce-overhead" if self.device.type == "cuda" else None) if cfg.compile else self.model
     self.task.net = self.accelerator.prepare_model(net) if self.accelerator else net
     self.tracker = start_tracker(cfg.tracker, run, plain(cfg), resumed=run.resumed) if self.rank == 0 else None
-    self.bar = _bar(self.total, self.step, run.name) if self.rank == 0 else None
+    self.bar = _bar(self.total, self.step) if self.rank == 0 else None
     try:
         self.train()
         return self.finish()
@@ -575,10 +575,10 @@ def _accelerator(cfg: TrainConfig):
         raise LabError(f"batch_size={cfg.batch_size} does not divide among {accelerator.num_processes} processes; use a multiple of it")
     return accelerator
 
-def _bar(total: int, done: int, name: str):
+def _bar(total: int, done: int):
     "A progress bar with rate and time left; silent in tests."
     from tqdm import tqdm
-    return tqdm(total=total, initial=done, desc=name, unit="step", mininterval=1.0, smoothing=0.05, dynamic_ncols=True, disable="IN_TEST" in os.environ)
+    return tqdm(total=total, initial=done, desc="training", file=sys.stdout, unit="step", mininterval=1.0, smoothing=0.05, dynamic_ncols=True, disable="IN_TEST" in os.environ)
 
 def fit(task: Task,       # what to train
         cfg: TrainConfig, # how
