@@ -11,7 +11,6 @@ INPUTS := settings.ini setup.py constraints.txt
 run: .venv/ready
 	@mkdir -p runs
 	$(BIN)/papermill nbs/train.ipynb runs/quickstart.ipynb -p optimizer adamw
-	@echo "notebook  runs/quickstart.ipynb"
 	@$(BIN)/dkd runs --last 1 --paths
 
 test: .venv/ready-dev

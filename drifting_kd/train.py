@@ -38,7 +38,7 @@ class TrainConfig(Config):
     crop_padding: int = param(-1, "pixels of random shift; -1 is the data set's own", low=-1, high=64)
     deterministic: str = param("on", "off, on, warn (name operators that are not) or raise (stop at them)", choices=("off", "on", "warn", "raise"))
     device: str = param("auto", "auto, cpu, cuda, cuda:1 or mps")
-    threads: int = param(0, "CPU threads; 0 leaves them (another number, other last bits)", low=0, high=1024)
+    threads: int = param(0, "CPU threads; 0 is one up to 16 pixels, else torch's own", low=0, high=1024)
     processes: int = param(1, "data-parallel; they share batch_size and BatchNorm statistics", low=1, high=1024)
     precision: str = param("fp32", "fp32, bf16 or fp16", choices=("fp32", "bf16", "fp16"))
     model: str = param("resnet8", "name of the network")
@@ -616,10 +616,10 @@ def open_run(cfg: TrainConfig, kind: str = "train") -> Run:
 def prepare(cfg: TrainConfig) -> Dataset:
     "Seeds, threads and data of a run; refuses what cannot work before anything is written."
     choose_device(cfg.device)
-    if cfg.threads: torch.set_num_threads(cfg.threads)
     seed_everything(cfg.seed, cfg.deterministic)
     if cfg.model not in list_models(): raise unknown("model", cfg.model, list_models())
     data = load_dataset(cfg.dataset, cfg.data_root, cfg.image_size, cfg.val_fraction, cfg.split_seed, cfg.limit, cfg.normalization)
+    if cfg.threads or data.image_size <= 16: torch.set_num_threads(cfg.threads or 1)  # on tiny images more threads only wait for each other
     if cfg.batch_size > len(data.train.labels): raise LabError(f"batch_size={cfg.batch_size} is larger than the {len(data.train.labels)} training images; use at most that")
     flip, padding = {"auto": data.flip, "on": True, "off": False}[cfg.flip], data.crop_padding if cfg.crop_padding < 0 else cfg.crop_padding
     if flip and data.name in ("digits", "mnist"): raise LabError(f"flip='on': a mirrored digit is another digit, so {data.name} is never flipped; use flip='auto'")
