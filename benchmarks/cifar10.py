@@ -47,9 +47,8 @@ def main() -> None:
               f"{table[optimizer]['cpu_seconds_per_epoch']:.0f} CPU-s an epoch  {[round(r['best_validation'], 4) for r in rows]} {[round(r['last'], 4) for r in rows]}")
     write_json(ROOT / "benchmarks" / "results" / f"{args.dataset}.json", dict(what=f"test accuracy on {NAMES[args.dataset]}, ResNet-8, mean and 95 % t-interval over seeds", **table))
     use_style()
-    best = max(table, key=lambda o: table[o]["best_validation"]["mean"])
     figure = plot_curves({o: [read_metrics(p) for p in members] for o, members in groups.items()}, keys=("train/loss", "val/accuracy"),
-                         title=f"ResNet-8 on {NAMES[args.dataset]}: {table[best]['best_validation']['mean']:.1%} with {best} after {table[best]['epochs']:.0f} epochs (n={table[best]['seeds']} seeds)")
+                         title=f"ResNet-8 on {NAMES[args.dataset]}, test accuracy: " + ", ".join(f"{o} {t['best_validation']['mean']:.1%} (n={t['seeds']})" for o, t in table.items()))
     save_figure(figure, ROOT / "figures" / f"optimizers_{args.dataset}.png")
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """What `fit` costs over a bare PyTorch loop with the same pixels, ResNet-8, 32x32x3, batch 128.
 
-    python benchmarks/loop.py [--repeats 9] [--steps 25] [--threads 1] [--out benchmarks/results/loop.json]
+    python benchmarks/loop.py [--repeats 40] [--steps 5] [--threads 1 2] [--out benchmarks/results/loop.json]
 
 Both train on the same batches in one process, in turns of `steps` steps, and CPU time is counted, so a busy machine hurts both alike.
 `fit` has everything on: EMA, gradient clipping, metrics on the device, the not-finite guard, a log line every 10 steps.
@@ -49,31 +49,37 @@ class Fit:
     def __call__(self, batches) -> None: self.loop.train_epoch(batches)
 
 def compare(data: Dataset, steps: int, repeats: int) -> dict:
-    loops, seconds = {"bare": Bare(data), "fit": Fit(data)}, {"bare": [], "fit": []}
+    loops, seconds, wall = {"bare": Bare(data), "fit": Fit(data)}, {"bare": [], "fit": []}, {"bare": [], "fit": []}
     for turn in range(repeats + 1):
         source = Batches(data.train, 128, seed=0, epoch=turn)
         for name, loop in loops.items():
             batches = itertools.islice(iter(source), steps)
-            start = time.process_time()
+            start = time.process_time(), time.perf_counter()
             loop(batches)
-            seconds[name].append((time.process_time() - start) / steps)
+            seconds[name].append((time.process_time() - start[0]) / steps)
+            wall[name].append((time.perf_counter() - start[1]) / steps)
     seconds = {k: v[1:] for k, v in seconds.items()}  # the first turn warms up
     ratios = [f / b for b, f in zip(seconds["bare"], seconds["fit"])]
     return {"batch_size": 128, "steps_a_turn": steps, "cpu_ms_per_step": {k: 1e3 * statistics.median(v) for k, v in seconds.items()}, "images_per_cpu_second": {k: 128 / statistics.median(v) for k, v in seconds.items()},
-            "overhead_percent": 100 * (statistics.median(ratios) - 1), "ratio_min": min(ratios), "ratio_max": max(ratios)}
+            "seconds_per_epoch": {k: 45_000 / 128 * statistics.median(v[1:]) for k, v in wall.items()},
+            "overhead_percent": 100 * (statistics.median(ratios) - 1), "overhead_quartiles_percent": [100 * (q - 1) for q in statistics.quantiles(ratios, n=4)],
+            "overhead_of_fastest_turns_percent": 100 * (min(seconds["fit"]) / min(seconds["bare"]) - 1)}
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--repeats", type=int, default=9)
-    parser.add_argument("--steps", type=int, default=25)
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--repeats", type=int, default=40)
+    parser.add_argument("--steps", type=int, default=5)
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "loop.json")
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
+    data, rows = random_data(), {}
     with tempfile.TemporaryDirectory() as folder:
         os.environ["DKD_ROOT"] = folder
-        result = compare(random_data(), args.steps, args.repeats)
-    print(f"bare {result['cpu_ms_per_step']['bare']:.1f}, fit {result['cpu_ms_per_step']['fit']:.1f} CPU-ms a step: {result['overhead_percent']:+.1f} %")
-    write_json(args.out, dict(what="CPU time of fit's training steps with everything on, over a bare loop with the same pixels", repeats=args.repeats, **result, environment=environment()))
+        for threads in args.threads:
+            torch.set_num_threads(threads)
+            rows[f"threads_{threads}"] = r = compare(data, args.steps, args.repeats)
+            print(f"{threads} threads: bare {r['cpu_ms_per_step']['bare']:.1f}, fit {r['cpu_ms_per_step']['fit']:.1f} CPU-ms a step: {r['overhead_percent']:+.1f} % (quartiles {r['overhead_quartiles_percent'][0]:+.1f}, {r['overhead_quartiles_percent'][2]:+.1f}; fastest turns {r['overhead_of_fastest_turns_percent']:+.1f}); "
+                  f"{r['seconds_per_epoch']['bare']:.1f} and {r['seconds_per_epoch']['fit']:.1f} s for 45,000 images")
+    write_json(args.out, dict(what="training steps of fit with everything on, over a bare loop with the same pixels", repeats=args.repeats, **rows, environment=environment()))
 
 if __name__ == "__main__": main()

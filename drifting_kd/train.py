@@ -341,7 +341,9 @@ def _add(self: Loop, metrics: dict, weight: float) -> None:
 @patch
 def train_step(self: Loop, group: list) -> None:
     cfg, step = self.cfg, self.step
-    torch.manual_seed(mix(cfg.seed, step, self.rank))  # dropout and the like: a function of the step, not of what came before
+    seed = mix(cfg.seed, step, self.rank)  # dropout and the like: a function of the step, not of what came before
+    torch.default_generator.manual_seed(seed)
+    if self.device.type == "cuda": torch.cuda.manual_seed(seed)
     for g in self.optimizer.param_groups: g["lr"] = self.lr(step)
     total = 0.0
     for i, batch in enumerate(group):
