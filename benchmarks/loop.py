@@ -3,7 +3,7 @@
     python benchmarks/loop.py [--repeats 40] [--steps 5] [--threads 1 2] [--out benchmarks/results/loop.json]
 
 Both train on the same batches in one process, in turns of `steps` steps, and CPU time is counted, so a busy machine hurts both alike.
-`fit` has everything on: EMA, gradient clipping, metrics on the device, the not-finite guard, a log line every 10 steps.
+`fit` has everything on: EMA, gradient clipping, metrics on the device, the not-finite guard, a log line every 10 steps, deterministic kernels (for both, since the switch is the process's).
 """
 import argparse, itertools, os, statistics, sys, tempfile, time
 from pathlib import Path
@@ -11,7 +11,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
-from drifting_kd.core import Run, environment, write_json
+from drifting_kd.core import Run, environment, seed_everything, write_json
 from drifting_kd.data import Batches, Dataset, Split, normalize
 from drifting_kd.models import create_model
 from drifting_kd.train import Classify, TrainConfig, Loop
@@ -41,7 +41,7 @@ class Fit:
     "The library's loop with everything on, fed the same way."
     def __init__(self, data: Dataset, device: str = "cpu", **settings):
         cfg = TrainConfig(**dict(tracker="none", device=device, batch_size=128, epochs=1000, eval_every=1000, save_every=1000, log_every=10, grad_clip=1.0, ema_decay=0.999) | settings)
-        torch.manual_seed(0)
+        seed_everything(0, "on")
         self.loop = Loop(Classify(create_model("resnet8", 10, 3, 32), data, cfg), cfg, Run(cfg, "benchmark"))
         self.loop.tracker = self.loop.bar = None
         self.loop.model.train()

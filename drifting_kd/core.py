@@ -4,7 +4,7 @@
 
 # %% ../nbs/00_core.ipynb #c002
 from __future__ import annotations
-import contextlib, dataclasses, datetime, difflib, hashlib, importlib.metadata, json, math, os, platform, random, re, subprocess, sys, threading, time
+import contextlib, dataclasses, datetime, difflib, hashlib, importlib.metadata, json, math, os, platform, random, re, subprocess, sys, threading, time, warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from fastcore.basics import patch
@@ -235,18 +235,18 @@ _LITERALS = (bool, int, float, str, list, tuple, dict, type(None))
 class watch_parameters:
     "Call with `globals()` right before the parameters cell; `read` right after it returns the checked configuration."
     def __init__(self, namespace: dict):
-        self.namespace, self.before = namespace, set(namespace)
+        self.namespace, self.before = namespace, {name: id(value) for name, value in namespace.items()}
         self.again = "_parameters_watched" in namespace  # the cells are run a second time, in JupyterLab
         namespace["_parameters_watched"] = True
 
     def read(self, config: type) -> Config:
         "The parameters as a `config`; raises on an unknown name, a wrong value or a lost tag."
         fields = {f.name for f in dataclasses.fields(config)}
-        early = sorted(fields & self.before)
+        early = sorted(fields & set(self.before))
         if early and not self.again:
             raise LabError(f"{', '.join(early)} had a value before the parameters cell, which overwrote it: the cell has lost its tag 'parameters' "
                            "(in JupyterLab: property inspector, Cell Tags)")
-        given = {n: v for n, v in self.namespace.items() if n not in self.before or n in fields}
+        given = {n: v for n, v in self.namespace.items() if n in fields or self.before.get(n) != id(v)}
         for name, value in given.items():
             if name not in fields and not name.startswith("_") and isinstance(value, _LITERALS) and name not in ("In", "Out"):
                 raise unknown("parameter", name, fields)
@@ -285,8 +285,8 @@ def environment(seed: int | None = None, # the run's seed
         python=platform.python_version(), platform=f"{platform.system()} {platform.machine()}", processor=_processor(), cpus=os.cpu_count(),
         packages={name: _package(name) for name in PACKAGES},
         cuda=torch.version.cuda, cudnn=torch.backends.cudnn.version() if cuda else None,
-        driver=_command("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"), nvcc=nvcc.splitlines()[-1] if nvcc else None,
-        gpus=[torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] if cuda else [],
+        driver=(_command("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") or "").split("\n")[0] or None, nvcc=nvcc.splitlines()[-1] if nvcc else None,
+        gpus=(_command("nvidia-smi", "--query-gpu=name", "--format=csv,noheader") or "").splitlines(),  # torch's own answer would start CUDA, and no process could be forked after it
         tensorflow_devices=[d.name for d in tensorflow.config.list_physical_devices()] if tensorflow else None,
         device=str(device) if device is not None else None, threads=torch.get_num_threads(), interop_threads=torch.get_num_interop_threads(),
         deterministic=torch.are_deterministic_algorithms_enabled(), seed=seed, git=git_state(),
@@ -298,9 +298,9 @@ def _processor() -> str | None:
     return next((l.split(":", 1)[1].strip() for l in lines if l.startswith("model name")), None)
 
 # %% ../nbs/00_core.ipynb #c042
-def _lock(path: Path):
+def _lock(path: Path, mode: str = "a+"):
     "An exclusive lock that the system drops when the process dies; None if another process holds it."
-    handle = open(path, "a+")
+    handle = open(path, mode)
     try:
         import fcntl
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -315,7 +315,7 @@ def run_state(path: Path) -> str:
     if (path / "metrics.json").exists(): return "finished"
     if not (path / ".lock").exists(): return "stopped"
     if str(path) in Run.held: return "running"
-    handle = _lock(path / ".lock")
+    handle = _lock(path / ".lock", "r")
     if handle is None: return "running"
     handle.close()
     return "stopped"
@@ -328,19 +328,15 @@ class Run:
     def __init__(self, cfg: Config, kind: str = "train"):
         self.cfg, self.kind, self.resumed, self.writes = cfg, kind, False, True
         folder = runs_folder()
-        found = self._find(folder) if cfg.resume else None
         try:
+            found = self._find(folder) if cfg.resume else None
             folder.mkdir(parents=True, exist_ok=True)
             self.path = found or self._create(folder)
             self._take_lock()
-            if found:
-                self.resumed = True
-                for part in self.path.rglob(".*.part"): part.unlink()  # what a kill left half-written
-            else:
-                for sub in ("checkpoints", "figures", "samples", "eval"): (self.path / sub).mkdir()
-                write_json(self.path / "config.json", dict(kind=kind, hash=cfg.hash(), **plain(cfg) | {"run_name": self.name}))
-                write_json(self.path / "environment.json", environment(cfg.seed, getattr(cfg, "device", None)))
-        except OSError as e: raise LabError(f"cannot write to {e.filename or folder} ({e.strerror}); free the disk, fix the permissions or set DKD_ROOT to another folder") from e
+            self._begin()
+        except OSError as e:
+            self.close()
+            raise LabError(f"cannot write to {e.filename or folder} ({e.strerror}); free the disk, fix the permissions or set DKD_ROOT to another folder") from e
 
     @classmethod
     def join(cls, cfg: Config, kind: str, path: str, resumed: bool) -> Run:
@@ -368,11 +364,30 @@ def _create(self: Run, folder: Path) -> Path:
 @patch
 def _take_lock(self: Run) -> None:
     if old := Run.held.pop(str(self.path), None): old.close()
-    self._handle = _lock(self.path / ".lock")
-    if self._handle is None: raise LabError(f"run {self.name} is being written by another process; wait for it, stop it, or use another run_name")
-    Run.held[str(self.path)] = self._handle
+    for _ in range(20):  # somebody may be looking (`run_state`) at this very moment
+        if handle := _lock(self.path / ".lock"): break
+        time.sleep(0.05)
+    else: raise LabError(f"run {self.name} is being written by another process; wait for it, stop it, or use another run_name")
+    Run.held[str(self.path)] = handle
 
 # %% ../nbs/00_core.ipynb #c047
+@patch
+def _begin(self: Run) -> None:
+    "Write what a new run starts with; config.json comes last and makes the folder a run. For a continued one, note where it goes on."
+    self.resumed = (self.path / "config.json").exists()
+    here = environment(self.cfg.seed, getattr(self.cfg, "device", None))
+    if self.resumed:
+        for part in self.path.rglob(".*.part"): part.unlink()  # what a kill left half-written
+        there = read_json(self.path / "environment.json")
+        write_json(self.path / "environment.json", there | {"continued": [*there.get("continued", []), here]})
+        other = [f"{k} {there.get(k)} -> {here[k]}" for k in ("processor", "threads", "gpus") if there.get(k) != here[k]]
+        other += [f"torch {there['packages']['torch']} -> {here['packages']['torch']}"] if there["packages"]["torch"] != here["packages"]["torch"] else []
+        if other: warnings.warn(f"run {self.name} continues elsewhere ({'; '.join(other)}): its last bits will differ from an uninterrupted run's")
+        return
+    for sub in ("checkpoints", "figures", "samples", "eval"): (self.path / sub).mkdir(exist_ok=True)
+    write_json(self.path / "environment.json", here)
+    write_json(self.path / "config.json", dict(kind=self.kind, hash=self.cfg.hash(), **plain(self.cfg) | {"run_name": self.name}))
+
 @patch
 def _find(self: Run, folder: Path) -> Path | None:
     "The unfinished run to continue; None where `run_name` is given and nothing of that name exists yet."
@@ -384,27 +399,28 @@ def _find(self: Run, folder: Path) -> Path | None:
     else:
         candidates = [p.parent for p in folder.glob("*/config.json") if run_state(p.parent) == "stopped" or str(p.parent) in Run.held]
     saved = {}
-    for p in candidates:
+    for p in (p for p in candidates if (p / "config.json").exists()):
         try: saved[p] = read_json(p / "config.json")
         except LabError:
-            if c.run_name and (p / "config.json").exists(): raise  # another run's damaged file must not stop this one
+            if c.run_name: raise  # another run's damaged file must not stop this one
     same = [p for p, s in saved.items() if s.get("hash") == c.hash() and s.get("kind") == self.kind and not (p / "metrics.json").exists()]
     if same: return max(same, key=lambda p: p.stat().st_mtime)
     mine = {p: s for p, s in saved.items() if s.get("kind") == self.kind}
     if not mine:
         if c.run_name and (folder / c.run_name / "config.json").exists(): raise LabError(f"run {c.run_name} was made by {saved[candidates[0]].get('kind')!r}, not {self.kind!r}; give another run_name")
-        if c.run_name: return self._restart(folder / c.run_name)
+        if c.run_name: return self._unstarted(folder / c.run_name)
         raise LabError(f"resume=True, but there is no unfinished {self.kind} run in {folder}; use resume=False, or give the run's run_name")
     def differ(s): return [f"{k} (there {s.get(k)!r}, here {v!r})" for k, v in c.identity().items() if s.get(k) != v]
     near = min(mine, key=lambda p: len(differ(mine[p])))
     raise LabError(f"resume=True, but unfinished run {near.name} has another configuration: {'; '.join(differ(mine[near]))}; use its values, or resume=False")
 
 @patch
-def _restart(self: Run, path: Path) -> None:
-    "A folder that was killed before its configuration was written holds nothing: make it again."
-    if any((path / "checkpoints").glob("*")): raise LabError(f"{path} has checkpoints but no config.json; restore it or delete the folder")
-    import shutil
-    shutil.rmtree(path)
+def _unstarted(self: Run, path: Path) -> Path:
+    "A folder that a kill left before its configuration was written; anything else of that name is not ours to touch."
+    own = ("environment.json", ".lock", "checkpoints", "figures", "samples", "eval")
+    strange = [p.name for p in path.iterdir() if not p.name.endswith(".part") and (p.name not in own or p.is_dir() and any(p.iterdir()))] if path.is_dir() else [path.name]
+    if strange: raise LabError(f"{path} is not a run (it holds {strange[0]}, but no config.json); use another run_name")
+    return path
 
 # %% ../nbs/00_core.ipynb #c049
 @patch
@@ -450,13 +466,13 @@ def list_runs(folder: Path | None = None) -> list[dict]:
     rows = []
     for config in (folder or runs_folder()).glob("*/config.json"):
         path = config.parent
-        try: saved, lines = read_json(config), read_metrics(path)
+        state = run_state(path)
+        try: saved, lines, summary = read_json(config), read_metrics(path), read_json(path / "metrics.json") if state == "finished" else None
         except LabError as e:
             rows.append(dict(name=path.name, kind="?", state=f"unreadable: {e}", step=0, epoch=0, metrics={}, age=0.0, path=path))
             continue
         last = {k: v for line in lines for k, v in line.items()}
-        state = run_state(path)
-        summary = read_json(path / "metrics.json") if state == "finished" else last
+        summary = summary or last
         newest = max((p.stat().st_mtime for p in (config, path / "metrics.jsonl", path / "metrics.json") if p.exists()))
         rows.append(dict(name=path.name, kind=saved.get("kind"), state=state, step=last.get("step", 0), epoch=last.get("epoch", 0),
                          metrics={k: v for k, v in summary.items() if "/" in k}, age=time.time() - newest, path=path))

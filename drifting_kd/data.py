@@ -596,7 +596,7 @@ _PRESENT = {"mnist": "MNIST/raw", "cifar10": "cifar-10-batches-py", "cifar100": 
 
 def data_folder(root: str = "") -> Path:
     "Where files are looked for: `root`, else DKD_DATA, else data/ in the project."
-    return Path(root or os.environ.get("DKD_DATA", "") or project_root() / "data").expanduser()
+    return project_root() / Path(root or os.environ.get("DKD_DATA", "") or "data").expanduser()  # an absolute path stays what it is
 
 def _read(name: str, folder: Path, image_size: int) -> Raw:
     "The arrays of a name; a `.npz` serves where there is no loader, or nothing downloaded for it yet."

@@ -4,7 +4,7 @@
 
 # %% ../nbs/07_train.ipynb #c002
 from __future__ import annotations
-import contextlib, copy, dataclasses, inspect, itertools, math, os, shutil, sys, time
+import contextlib, copy, dataclasses, errno, inspect, itertools, math, os, shutil, sys, time
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np
@@ -13,12 +13,12 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import nn
 from .core import (Config, LabError, Run, atomic_write, choose_device, import_torchvision, mix, param, plain, read_json, seed_everything, unknown)
-from .data import Batches, Dataset, load_dataset, normalize, save_splits
+from .data import Batches, Dataset, load_dataset, normalize, save_splits, splits_hash
 from .models import checkpoint_model, create_model, list_models, load_checkpoint
 from .track import start_tracker
 
 # %% auto #0
-__all__ = ['OPTIMIZERS', 'TrainConfig', 'optimizer_class', 'optimizer_settings', 'make_optimizer', 'lr_at',
+__all__ = ['OPTIMIZERS', 'TrainConfig', 'optimizer_class', 'optimizer_settings', 'make_optimizer', 'check_optimizer', 'lr_at',
            'expected_calibration_error', 'classification_metrics', 'Task', 'Classify', 'EMA', 'undisturbed',
            'GlobalBatchNorm', 'globalize_batchnorm', 'random_state', 'set_random_state', 'save_checkpoint', 'NotFinite',
            'Loop', 'fit', 'open_run', 'prepare', 'classifier']
@@ -43,7 +43,7 @@ class TrainConfig(Config):
     precision: str = param("fp32", "fp32, bf16 or fp16", choices=("fp32", "bf16", "fp16"))
     model: str = param("resnet8", "name of the network")
     epochs: int = param(40, "passes over the training images", low=1, high=100_000)
-    steps: int = param(0, "optimiser steps instead of epochs; cadences then count steps", low=0)
+    steps: int = param(0, "optimiser steps instead of epochs; cadences then count steps", low=0, high=10**9)
     batch_size: int = param(64, "images a step, over all processes", low=1)
     optimizer: str = param("sgd", "sgd, nesterov, adamw, muon, lion or any name of timm's factory")
     lr: float = param(0.0, "learning rate; 0 is the optimiser's own", low=0, high=100)
@@ -62,7 +62,7 @@ class TrainConfig(Config):
     patience: int = param(0, "evaluations without improvement before stopping; 0 is off", low=0)
     log_every: int = param(50, "steps a line of metrics.jsonl", low=1)
     eval_every: int = param(10, "epochs between evaluations; the end always is one", low=1)
-    save_every: int = param(1, "epochs between checkpoints", low=1)
+    save_every: int = param(0, "epochs between checkpoints; 0 is one (with steps: eval_every)", low=0)
     keep_last: int = param(2, "how many numbered checkpoints to keep", low=0)
 
     def __post_init__(self):
@@ -70,7 +70,7 @@ class TrainConfig(Config):
         if self.dataset == "cifar": self.dataset = "cifar10"
         if any(not 0 <= b < 1 for b in self.betas): raise LabError(f"betas={self.betas}: expected numbers from 0 to below 1")
         if any(not 0 < m < 1 for m in self.milestones): raise LabError(f"milestones={self.milestones}: expected fractions of training between 0 and 1")
-        optimizer_settings(self.optimizer, self.lr, self.momentum, self.betas, self.weight_decay)
+        check_optimizer(self.optimizer, lr=self.lr, momentum=self.momentum, betas=self.betas, weight_decay=self.weight_decay)
 
 # %% ../nbs/07_train.ipynb #c007
 OPTIMIZERS = {"sgd": dict(lr=0.1, momentum=0.9, weight_decay=1e-4), "nesterov": dict(lr=0.1, momentum=0.9, weight_decay=1e-4, nesterov=True),
@@ -92,6 +92,7 @@ def optimizer_settings(name: str, lr: float = 0.0, momentum: float = -1.0, betas
     "What the optimiser gets: given values, else its defaults here, else its class's."
     takes = inspect.signature(optimizer_class(name).__init__).parameters
     own = {k: p.default for k, p in takes.items() if k in ("lr", "momentum", "betas", "weight_decay")} | OPTIMIZERS.get(name, {})
+    if not isinstance(own["lr"], float): own["lr"] = 1e-3  # a few classes name no rate
     given = {"lr": lr or None, "momentum": momentum if momentum >= 0 else None, "betas": betas or None, "weight_decay": weight_decay if weight_decay >= 0 else None}
     for key in ("momentum", "betas"):
         if given[key] is not None and key not in takes: raise LabError(f"optimiser {name!r} has no {key}; leave it at its default")
@@ -100,10 +101,18 @@ def optimizer_settings(name: str, lr: float = 0.0, momentum: float = -1.0, betas
 def make_optimizer(parameters, name: str, **settings) -> torch.optim.Optimizer:
     "An optimiser with its own defaults, fused where torch offers it."
     cls, parameters = optimizer_class(name), list(parameters)
-    fused = {"fused": True} if cls.__module__.startswith("torch.") and parameters[0].device.type in ("cpu", "cuda") else {}
+    fused = {"fused": True} if "fused" in inspect.signature(cls.__init__).parameters and parameters[0].device.type in ("cpu", "cuda") else {}
     return cls(parameters, **optimizer_settings(name, **settings), **fused)
 
-# %% ../nbs/07_train.ipynb #c012
+def check_optimizer(name: str, **settings) -> None:
+    "Refuse a name or settings that the optimiser itself would refuse, before anything is written."
+    weight = nn.Parameter(torch.zeros(2, 2))
+    weight.grad = torch.zeros(2, 2)
+    try: make_optimizer([weight], name, **settings).step()
+    except LabError: raise
+    except Exception as e: raise LabError(f"optimiser {name!r} does not take {', '.join(f'{k}={v}' for k, v in settings.items())} ({type(e).__name__}: {e}); leave them at their defaults, or choose another") from None
+
+# %% ../nbs/07_train.ipynb #c015
 def lr_at(step: int,                # optimiser step, from 0
           total: int,               # steps of the whole training
           lr: float,                # base rate
@@ -116,7 +125,7 @@ def lr_at(step: int,                # optimiser step, from 0
     if schedule == "step": return lr * 0.1 ** sum(step >= round(m * total) for m in milestones)
     return lr
 
-# %% ../nbs/07_train.ipynb #c016
+# %% ../nbs/07_train.ipynb #c019
 def expected_calibration_error(probabilities: np.ndarray, labels: np.ndarray, bins: int = 15) -> float:
     "Mean |accuracy - confidence| over bins of confidence, weighted by their size."
     confidence, correct = probabilities.max(1), probabilities.argmax(1) == labels
@@ -139,7 +148,7 @@ def classification_metrics(logits: np.ndarray, # [N, C]
     return dict(loss=float(-logp[np.arange(len(labels)), labels].mean()), accuracy=accuracy, accuracy_percent=100 * accuracy,
                 macro_f1=float(f1_score(labels, predicted, average="macro", zero_division=0)), auroc=auroc, ece=expected_calibration_error(p, labels))
 
-# %% ../nbs/07_train.ipynb #c020
+# %% ../nbs/07_train.ipynb #c023
 class Task:
     "What a family brings to `fit`."
     monitor = ("val/accuracy", "max")  # what selects the best checkpoint
@@ -157,7 +166,12 @@ class Task:
     def after_step(self, step: int) -> None: "Second optimisers, queues."
     def evaluate(self, model: nn.Module, split: str) -> dict: return {}
     def preview(self, model: nn.Module, run: Run) -> None: "Write what a person looks at into the run's figures/ or samples/."
-    def state(self) -> dict: return {}
+    def facts(self) -> dict:
+        "What somebody who uses the weights later must know: normalisation, classes."
+        return {}
+    def state(self) -> dict:
+        "What continues exactly: queues, second networks, their optimisers. Called on every rank, saved by the first; it may gather."
+        return {}
     def load_state(self, state: dict) -> None: "Take back what `state` gave."
 
     def gather(self, *arrays: torch.Tensor) -> list[np.ndarray]:
@@ -167,7 +181,7 @@ class Task:
         from accelerate.utils import gather_object
         return [np.concatenate(parts) for parts in zip(*gather_object([tuple(arrays)]))]
 
-# %% ../nbs/07_train.ipynb #c022
+# %% ../nbs/07_train.ipynb #c025
 class Classify(Task):
     "Supervised classification."
     def __init__(self, model: nn.Module, data: Dataset, cfg: TrainConfig):
@@ -184,7 +198,7 @@ class Classify(Task):
 
     def logits(self, model: nn.Module, split: str) -> tuple[np.ndarray, np.ndarray]:
         "Logits and labels of a whole split, over all processes."
-        batches = Batches(getattr(self.data, split), max(512, self.world), 0, augment=False, shuffle=False, drop_last=False,
+        batches = Batches(getattr(self.data, split), self.world * max(1, 512 // self.world), 0, augment=False, shuffle=False, drop_last=False,
                           rank=self.rank, world=self.world, device=self.device)
         with torch.no_grad(): pairs = [(model(normalize(b.x, self.data.mean, self.data.std)).float(), b.y) for b in batches]
         classes = len(self.data.classes)
@@ -195,11 +209,10 @@ class Classify(Task):
         if not len(getattr(self.data, split).labels): return {}
         return {f"{split}/{k}": v for k, v in classification_metrics(*self.logits(model, split)).items()}
 
-    def state(self) -> dict:
-        "What a judge or teacher needs to use the weights later."
+    def facts(self) -> dict:
         return dict(mean=list(self.data.mean), std=list(self.data.std), classes=list(self.data.classes), image_size=self.data.image_size, data_sha256=self.data.sha256)
 
-# %% ../nbs/07_train.ipynb #c024
+# %% ../nbs/07_train.ipynb #c027
 class EMA:
     "A running average of the weights, as a model of its own."
     def __init__(self, model: nn.Module, decay: float):
@@ -211,7 +224,7 @@ class EMA:
         torch._foreach_lerp_(list(self.model.parameters()), list(model.parameters()), 1 - decay)
         if buffers := list(self.model.buffers()): torch._foreach_copy_(buffers, list(model.buffers()))
 
-# %% ../nbs/07_train.ipynb #c027
+# %% ../nbs/07_train.ipynb #c030
 @contextlib.contextmanager
 def undisturbed(model: nn.Module):
     "Evaluate inside: mode and random states are restored afterwards."
@@ -226,7 +239,7 @@ def undisturbed(model: nn.Module):
         random.setstate(states[0]), np.random.set_state(states[1])
         for module, mode in modes: module.training = mode
 
-# %% ../nbs/07_train.ipynb #c030
+# %% ../nbs/07_train.ipynb #c033
 class _AllSum(torch.autograd.Function):
     "The sum over all processes, with its gradient."
     @staticmethod
@@ -241,43 +254,45 @@ class GlobalBatchNorm(nn.BatchNorm2d):
     "BatchNorm over the batches of all processes (equal shares), for process groups without CUDA."
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if not self.training: return super().forward(x)
+        dtype, x = x.dtype, x.float()  # sums of half-precision activations overflow
         n = torch.distributed.get_world_size() * x.numel() / x.shape[1]
         mean = _AllSum.apply(x.sum((0, 2, 3))) / n
         centred = x - mean[:, None, None]
         var = _AllSum.apply(centred.square().sum((0, 2, 3))) / n
         with torch.no_grad():
             self.num_batches_tracked += 1
-            self.running_mean.lerp_(mean.detach().to(self.running_mean), self.momentum)
-            self.running_var.lerp_((var.detach() * n / (n - 1)).to(self.running_var), self.momentum)
-        return centred * ((var + self.eps).rsqrt() * self.weight)[:, None, None] + self.bias[:, None, None]
+            self.running_mean.lerp_(mean.detach(), self.momentum)
+            self.running_var.lerp_(var.detach() * n / (n - 1), self.momentum)
+        return (centred * ((var + self.eps).rsqrt() * self.weight)[:, None, None] + self.bias[:, None, None]).to(dtype)
 
 def globalize_batchnorm(model: nn.Module, device) -> nn.Module:
     "Make every BatchNorm2d of `model` use the statistics of all processes, in place, with the same weights and names."
     kind = nn.SyncBatchNorm if device.type == "cuda" else GlobalBatchNorm
     for module in model.modules():
+        if type(module) in (nn.BatchNorm1d, nn.BatchNorm3d): raise LabError(f"{type(module).__name__} cannot share its statistics among processes here; use processes=1, or BatchNorm2d")
         if type(module) is nn.BatchNorm2d:
             module.__class__ = kind
             if kind is nn.SyncBatchNorm: module.process_group = None
     return model
 
-# %% ../nbs/07_train.ipynb #c032
+# %% ../nbs/07_train.ipynb #c035
 def random_state() -> dict:
     "The global generators as plain values; the library's own draws don't need them, other people's code may."
     import random
     name, keys, pos, has_gauss, cached = np.random.get_state()
-    return dict(python=list(random.getstate()[1]), numpy=dict(keys=torch.from_numpy(keys.astype(np.int64)), pos=int(pos), has_gauss=int(has_gauss), cached=float(cached)),
+    return dict(python=list(random.getstate()[1]), gauss=random.getstate()[2], numpy=dict(keys=torch.from_numpy(keys.astype(np.int64)), pos=int(pos), has_gauss=int(has_gauss), cached=float(cached)),
                 torch=torch.get_rng_state(), cuda=torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [])
 
 def set_random_state(state: dict) -> None:
     "Put `random_state()` back."
     import random
-    random.setstate((3, tuple(state["python"]), None))
+    random.setstate((3, tuple(state["python"]), state["gauss"]))
     n = state["numpy"]
     np.random.set_state(("MT19937", n["keys"].numpy().astype(np.uint32), n["pos"], n["has_gauss"], n["cached"]))
     torch.set_rng_state(state["torch"].cpu())
     if state["cuda"] and len(state["cuda"]) == torch.cuda.device_count(): torch.cuda.set_rng_state_all([s.cpu() for s in state["cuda"]])
 
-# %% ../nbs/07_train.ipynb #c034
+# %% ../nbs/07_train.ipynb #c037
 def save_checkpoint(path: Path, content: dict) -> None:
     "Write a checkpoint atomically."
     with atomic_write(path) as f:
@@ -286,13 +301,14 @@ def save_checkpoint(path: Path, content: dict) -> None:
 
 def _link(source: Path, target: Path) -> None:
     "`target` becomes another name of `source`, atomically; a copy where the disk has no links."
+    if target.exists() and target.samefile(source): return  # renaming a file to itself would leave the other name
     part = target.with_name(f".{target.name}.{os.getpid()}.part")
     part.unlink(missing_ok=True)
     try: os.link(source, part)
     except OSError: shutil.copyfile(source, part)
     os.replace(part, target)
 
-# %% ../nbs/07_train.ipynb #c036
+# %% ../nbs/07_train.ipynb #c039
 class NotFinite(LabError): "The loss or its gradient became NaN or infinite."
 
 class Loop:
@@ -323,7 +339,7 @@ class Loop:
         self.sums, self.count, self.bad = {}, 0, torch.full((), -1, dtype=torch.int64, device=self.device)
         self.window = dict(start=time.perf_counter(), data=0.0, steps=0, images=0)
 
-# %% ../nbs/07_train.ipynb #c038
+# %% ../nbs/07_train.ipynb #c041
 @patch
 def autocast(self: Loop): return torch.autocast(self.device.type, self.dtype) if self.dtype else contextlib.nullcontext()
 
@@ -367,7 +383,7 @@ def train_step(self: Loop, group: list) -> None:
     self.task.after_step(step)
     self.step, self.count = step + 1, self.count + 1
 
-# %% ../nbs/07_train.ipynb #c040
+# %% ../nbs/07_train.ipynb #c043
 @patch
 def check_finite(self: Loop) -> None:
     bad = self._reduce(self.bad, "max").item()
@@ -411,13 +427,14 @@ def log(self: Loop) -> None:
         shown = self.task.shown
         self.bar.set_postfix_str(f"loss {line['train/loss']:.4f}" + (f", {shown.split('/')[-1]} {line[shown]:.4f}" if shown in line else ""), refresh=False)
 
-# %% ../nbs/07_train.ipynb #c042
+# %% ../nbs/07_train.ipynb #c045
 @patch(as_prop=True)
 def inference_model(self: Loop) -> nn.Module: return self.ema.model if self.ema else self.model
 
 @patch
 def evaluate(self: Loop) -> bool:
     "Evaluate on validation, remember the best; True if it is time to stop."
+    self.check_finite()  # logits that are not numbers cannot be scored
     with undisturbed(self.inference_model) as model, self.autocast():
         metrics = self.task.evaluate(model, "val")
         if self.rank == 0: self.task.preview(model, self.run)
@@ -431,7 +448,7 @@ def evaluate(self: Loop) -> bool:
     self.since_best = 0 if gain > 0 else self.since_best + 1
     return bool(self.cfg.patience) and self.since_best >= self.cfg.patience
 
-# %% ../nbs/07_train.ipynb #c044
+# %% ../nbs/07_train.ipynb #c047
 @patch
 def elapsed(self: Loop) -> tuple[float, float]:
     "Wall and CPU seconds of this process, over all its continuations."
@@ -441,17 +458,23 @@ def elapsed(self: Loop) -> tuple[float, float]:
 def checkpoint(self: Loop) -> dict:
     spec = getattr(self.model, "spec", {"factory": "", "kwargs": {}})
     loop = dict(sums=self.sums, count=self.count, best=self.best, since_best=self.since_best, seconds=self.elapsed(), scaler=self.scaler.state_dict())
-    return dict(model=self.model.state_dict(), ema=self.ema.model.state_dict() if self.ema else None, optimizer=self.optimizer.state_dict(), task=self.task.state(),
+    return dict(model=self.model.state_dict(), ema=self.ema.model.state_dict() if self.ema else None, optimizer=self.optimizer.state_dict(), task=self.task.facts() | {"state": self.task.state()},
                 rng=random_state(), config=plain(self.cfg), factory=spec["factory"], kwargs=spec["kwargs"], step=self.step, epoch=self.step // self.steps_per_epoch,
                 metrics=plain(self.last_metrics), loop=loop)
 
 @patch
 def save(self: Loop) -> None:
-    "last.pt, then best.pt and the numbered ones as links to the same bytes."
+    "last.pt first: it is what a resumed run continues from."
     self.check_finite()
+    content = self.checkpoint()  # on every rank: a task may gather its state
     if self.rank: return
+    save_checkpoint(self.run.path / "checkpoints" / "last.pt", content)
+    self.publish()
+
+@patch
+def publish(self: Loop) -> None:
+    "best.pt and the numbered checkpoints are names of last.pt; also after a resume, since a kill may have come between them."
     folder = self.run.path / "checkpoints"
-    save_checkpoint(folder / "last.pt", self.checkpoint())
     if self.best and self.best["step"] == self.step: _link(folder / "last.pt", folder / "best.pt")
     if self.cfg.keep_last: _link(folder / "last.pt", folder / f"step_{self.step:08d}.pt")
     for old in sorted(folder.glob("step_*.pt"))[:-self.cfg.keep_last or None]: old.unlink()
@@ -464,15 +487,16 @@ def restore(self: Loop) -> None:
     self.model.load_state_dict(c["model"])
     if self.ema: self.ema.model.load_state_dict(c["ema"])
     self.optimizer.load_state_dict(c["optimizer"])
-    self.task.load_state(c["task"])
+    self.task.load_state(c["task"]["state"])
     set_random_state(c["rng"])
     loop = c["loop"]
     if loop["scaler"]: self.scaler.load_state_dict(loop["scaler"])
     self.sums, self.count = {k: v.to(self.device) for k, v in loop["sums"].items()}, loop["count"]
     self.step, self.best, self.since_best, self.seconds, self.last_metrics = c["step"], loop["best"], loop["since_best"], loop["seconds"], c["metrics"]
     self.run.truncate(self.step)
+    if self.rank == 0: self.publish()
 
-# %% ../nbs/07_train.ipynb #c046
+# %% ../nbs/07_train.ipynb #c049
 @patch
 def _boundary(self: Loop, began: float) -> bool:
     cfg, step, final = self.cfg, self.step, self.step == self.total
@@ -480,7 +504,7 @@ def _boundary(self: Loop, began: float) -> bool:
     if step % self.steps_per_epoch == 0: self.write({"train/epoch_time": time.perf_counter() - began})
     due = final or step % (cfg.eval_every * self.unit) == 0
     stop = self.evaluate() if due else False
-    if due or step % (cfg.save_every * self.unit) == 0: self.save()
+    if due or step % ((cfg.save_every or (cfg.eval_every if cfg.steps else 1)) * self.unit) == 0: self.save()
     if due: self.window["start"], self.window["data"] = time.perf_counter(), 0.0  # evaluation is not training time
     return stop
 
@@ -514,7 +538,7 @@ def train(self: Loop) -> None:
         batches = itertools.islice(iter(self.task.batches(epoch)), done * self.cfg.accumulation, None)
         stop = self.train_epoch(batches)
 
-# %% ../nbs/07_train.ipynb #c048
+# %% ../nbs/07_train.ipynb #c051
 @patch
 def finish(self: Loop) -> dict:
     "Test once, at the best-validation weights and at the last; write the inference weights and the summary."
@@ -532,9 +556,9 @@ def finish(self: Loop) -> dict:
     if self.best: summary |= {f"{self.task.monitor[0].replace('/', '/best_', 1)}": self.best["value"], "best_step": self.best["step"], "best_epoch": self.best["step"] / self.steps_per_epoch}
     summary |= dict(steps=self.step, epochs=self.step / self.steps_per_epoch, train_seconds=self.elapsed()[0], train_cpu_seconds=self.elapsed()[1], stopped_early=self.step < self.total, processes=self.world, model_name=getattr(cfg, "model", ""),
                     parameters=sum(p.numel() for p in self.model.parameters()), checkpoint_path=f"checkpoints/{'best' if self.best else 'last'}.pt")
+    content = self.checkpoint()
     if self.rank == 0:
-        final = self.checkpoint() | dict(model=self.inference_model.state_dict(), ema=None, optimizer=None)
-        save_checkpoint(run.path / "final_model.pt", final)
+        save_checkpoint(run.path / "final_model.pt", content | dict(model=self.inference_model.state_dict(), ema=None, optimizer=None, task=self.task.facts()))
         if self.tracker:
             self.tracker.log(plain({k: v for k, v in summary.items() if k.startswith("test/")}), self.step)
             self.tracker.summary(plain(summary))
@@ -543,12 +567,20 @@ def finish(self: Loop) -> dict:
     run.finish(summary)
     return summary
 
-# %% ../nbs/07_train.ipynb #c050
+# %% ../nbs/07_train.ipynb #c053
+@patch
+def record_splits(self: Loop) -> None:
+    "Write splits.npz; a resumed run must have the very images it began with."
+    path, data = self.run.path / "splits.npz", self.task.data
+    if self.run.resumed and path.exists():
+        with np.load(path, allow_pickle=False) as saved: there = str(saved["hash"]), str(saved["sha256"])
+        if there != (splits_hash(data), data.sha256): raise LabError(f"run {self.run.name} was started on other images called {data.name}; restore them, or start a new run")
+    else: save_splits(path, data)
+
 @patch
 def go(self: Loop) -> dict:
     cfg, run = self.cfg, self.run
     if run.resumed: self.restore()
-    if self.rank == 0 and hasattr(self.task, "data"): save_splits(run.path / "splits.npz", self.task.data)
     self.started = time.perf_counter(), time.process_time()
     if cfg.compile and torch.are_deterministic_algorithms_enabled():
         import torch._inductor.config
@@ -558,23 +590,24 @@ def go(self: Loop) -> dict:
     self.tracker = start_tracker(cfg.tracker, run, plain(cfg), resumed=run.resumed) if self.rank == 0 else None
     self.bar = _bar(self.total, self.step) if self.rank == 0 else None
     try:
+        if self.rank == 0 and hasattr(self.task, "data"): self.record_splits()
         self.train()
         return self.finish()
     except OSError as e:
+        if e.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO): raise  # not the disk: the task's own
         raise LabError(f"cannot write to {run.path} ({e.strerror or e}); what was checkpointed is intact: free the disk, then continue with resume=True") from e
     finally:
         if self.bar is not None: self.bar.close()
         if self.tracker: self.tracker.finish()
         self.task.net = self.model
 
-# %% ../nbs/07_train.ipynb #c051
+# %% ../nbs/07_train.ipynb #c054
 def _accelerator(cfg: TrainConfig):
     "Accelerate, when this is one of several processes."
     if int(os.environ.get("WORLD_SIZE", "1")) == 1: return None
     from accelerate import Accelerator
     accelerator = Accelerator(cpu=cfg.device == "cpu" or not torch.cuda.is_available())
-    if cfg.batch_size % accelerator.num_processes:
-        raise LabError(f"batch_size={cfg.batch_size} does not divide among {accelerator.num_processes} processes; use a multiple of it")
+    _divides(cfg, accelerator.num_processes)
     return accelerator
 
 def _bar(total: int, done: int):
@@ -587,17 +620,34 @@ def fit(task: Task,       # what to train
         run: Run,         # where it is written
        ) -> dict:
     "Train, evaluate, checkpoint and resume; returns the summary that is also the run's metrics.json."
-    if cfg.processes > 1 and "WORLD_SIZE" not in os.environ:
-        from accelerate import notebook_launcher
-        if cfg.batch_size % cfg.processes: raise LabError(f"batch_size={cfg.batch_size} does not divide among {cfg.processes} processes; use a multiple of it")
-        try: notebook_launcher(_fit_here, (task, cfg, run), num_processes=cfg.processes)
-        finally: run.close()
-        return read_json(run.path / "metrics.json")
-    return _fit_here(task, cfg, run)
-
-def _fit_here(task: Task, cfg: TrainConfig, run: Run) -> dict:
+    if cfg.processes > 1 and "WORLD_SIZE" not in os.environ: return _launch(task, cfg, run)
     try: return Loop(task, cfg, run).go()
     finally: run.close()
+
+def _launch(task: Task, cfg: TrainConfig, run: Run) -> dict:
+    "Start `cfg.processes` processes of `fit`; what stops them is one line here, too."
+    from accelerate import notebook_launcher
+    _divides(cfg, cfg.processes)
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, torch.get_num_threads() // cfg.processes)))
+    error = run.path / ".error"
+    error.unlink(missing_ok=True)
+    try: notebook_launcher(_fit_child, (task, cfg, run), num_processes=cfg.processes)
+    except Exception:
+        if not error.exists(): raise
+        raise LabError(error.read_text()) from None
+    finally:
+        error.unlink(missing_ok=True)
+        run.close()
+    return read_json(run.path / "metrics.json")
+
+def _fit_child(task: Task, cfg: TrainConfig, run: Run) -> None:
+    try: fit(task, cfg, run)
+    except LabError as e:
+        (run.path / ".error").write_text(str(e))
+        sys.exit(1)
+
+def _divides(cfg: TrainConfig, processes: int) -> None:
+    if cfg.batch_size % processes: raise LabError(f"batch_size={cfg.batch_size} does not divide among {processes} processes; use a multiple of it")
 
 def open_run(cfg: TrainConfig, kind: str = "train") -> Run:
     "The run of this process: under `accelerate launch` the first one makes the folder and the others join it."
@@ -614,15 +664,20 @@ def open_run(cfg: TrainConfig, kind: str = "train") -> Run:
     if given[0] is None: raise LabError(given[1])
     return run if accelerator.is_main_process else Run.join(cfg, kind, given[0], given[1])
 
-# %% ../nbs/07_train.ipynb #c052
+# %% ../nbs/07_train.ipynb #c055
+_THREADS = torch.get_num_threads()  # torch's own choice, before anybody changed it
+
 def prepare(cfg: TrainConfig) -> Dataset:
     "Seeds, threads and data of a run; refuses what cannot work before anything is written."
     choose_device(cfg.device)
     seed_everything(cfg.seed, cfg.deterministic)
     if cfg.model not in list_models(): raise unknown("model", cfg.model, list_models())
     data = load_dataset(cfg.dataset, cfg.data_root, cfg.image_size, cfg.val_fraction, cfg.split_seed, cfg.limit, cfg.normalization)
-    if cfg.threads or data.image_size <= 16: torch.set_num_threads(cfg.threads or 1)  # on tiny images more threads only wait for each other
+    torch.set_num_threads(cfg.threads or (1 if data.image_size <= 16 else _THREADS))  # on tiny images more threads only wait for each other
     if cfg.batch_size > len(data.train.labels): raise LabError(f"batch_size={cfg.batch_size} is larger than the {len(data.train.labels)} training images; use at most that")
+    total = cfg.steps or cfg.epochs * math.ceil(len(data.train.labels) // cfg.batch_size / cfg.accumulation)
+    if cfg.warmup >= total: raise LabError(f"warmup={cfg.warmup}: expected less than the {total} steps of this training")
+    if cfg.processes > 1: _divides(cfg, cfg.processes)
     flip, padding = {"auto": data.flip, "on": True, "off": False}[cfg.flip], data.crop_padding if cfg.crop_padding < 0 else cfg.crop_padding
     if flip and data.name in ("digits", "mnist"): raise LabError(f"flip='on': a mirrored digit is another digit, so {data.name} is never flipped; use flip='auto'")
     if padding >= data.image_size: raise LabError(f"crop_padding={padding} with images of {data.image_size} pixels; expected less than {data.image_size}")

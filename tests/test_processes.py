@@ -44,3 +44,11 @@ def test_processes_parameter(lab):
 def test_a_batch_that_does_not_divide_is_refused(lab):
     out = train(processes=2, batch_size=51)
     assert out.returncode == 1 and "does not divide among 2 processes" in out.stderr
+
+def test_what_stops_a_child_is_one_line(lab):
+    "Also with three processes, whose shares of an evaluation differ."
+    nan = "import drifting_kd.train as t; real = t.Classify.loss\ndef loss(self, batch, step):\n    l, m = real(self, batch, step)\n    return l * (float('nan') if step == 4 else 1), m\nt.Classify.loss = loss"
+    out = train(nan, run_name="nan", processes=2)
+    assert out.returncode == 1 and out.stderr.strip().splitlines()[-1].startswith("LabError: the loss or its gradient is not finite at step 4"), out.stderr[-2000:]
+    three = train(run_name="three", processes=3, batch_size=51, epochs=1)
+    assert three.returncode == 0 and summary(lab / "runs/three")["processes"] == 3, three.stderr[-2000:]

@@ -1,5 +1,5 @@
 "Killed at any moment and resumed: the same bits as the uninterrupted run. Real processes, real SIGKILL."
-import random, signal, subprocess, time
+import json, random, signal, subprocess, time
 import pytest
 from conftest import losses, same_weights, train
 
@@ -36,6 +36,14 @@ def whole(tmp_path_factory):
         assert train(run_name="whole", **HARD).returncode == 0
     return root / "runs" / "whole", time.perf_counter() - start
 
+def check(whole, resumed):
+    "Weights, every logged number, the summary and the selected checkpoint: all as if nothing had happened."
+    import torch
+    assert same_weights(whole, resumed) and losses(whole) == losses(resumed)
+    a, b = ({k: v for k, v in json.loads((r / "metrics.json").read_text()).items() if k.startswith(("test/", "val/", "best_"))} for r in (whole, resumed))
+    assert a == b
+    assert torch.load(resumed / "checkpoints/best.pt", weights_only=True)["step"] == b["best_step"]
+
 def finish(lab, name):
     out = train(run_name=name, resume=True, **HARD)
     assert out.returncode == 0, out.stderr
@@ -47,7 +55,7 @@ def test_killed_inside_a_write(lab, whole, patch):
     killed = train(patch, run_name="killed", **HARD)
     assert killed.returncode == -signal.SIGKILL and not (lab / "runs/killed/metrics.json").exists()
     resumed = finish(lab, "killed")
-    assert same_weights(whole[0], resumed) and losses(whole[0]) == losses(resumed)
+    check(whole[0], resumed)
     assert not list((resumed / "checkpoints").glob(".*.part")) # what the kill left behind is gone
 
 @pytest.mark.slow
@@ -62,7 +70,7 @@ def test_killed_at_a_random_moment(lab, whole, seed):
         process.wait()
         if finished.exists(): break
     resumed = finished.parent if finished.exists() else finish(lab, "killed")
-    assert same_weights(reference, resumed) and losses(reference) == losses(resumed)
+    check(reference, resumed)
 
 def test_the_same_command_twice_gives_the_same_bits(lab):
     for name, optimizer in (("a", "adamw"), ("b", "adamw"), ("c", "sgd")): assert train(run_name=name, optimizer=optimizer).returncode == 0
