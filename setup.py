@@ -16,4 +16,5 @@ setup(
     packages=find_packages(include=["drifting_kd*"]), package_data={"drifting_kd": ["weights/*"]}, include_package_data=True,
     python_requires=f">={cfg['min_python']}", install_requires=lines("requirements"), extras_require=extras,
     entry_points={"console_scripts": lines("console_scripts"), "nbdev": [f"{cfg['lib_name']}={cfg['lib_name']}._modidx:d"]}, zip_safe=False,
+    options={"editable_wheel": {"mode": "compat"}},  # a plain path entry: the clone's own folder, which has the package's name, must not hide the package from its parent folder
 )

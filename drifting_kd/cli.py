@@ -194,6 +194,9 @@ def main(argv: list[str] | None = None) -> int:
     args = parser().parse_args(argv)
     try: return args.do(args)
     except LabError as e: print(f"dkd: {e}", file=sys.stderr); return 1
+    except BrokenPipeError:  # dkd runs | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except KeyboardInterrupt: print("dkd: interrupted; what was checkpointed is kept, continue with -p resume True", file=sys.stderr); return 130
 
 # %% ../nbs/16_cli.ipynb #c018

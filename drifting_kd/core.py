@@ -183,7 +183,7 @@ def check_value(name: str, value, default, choices: tuple = (), low=None, high=N
     "`value` in the type of `default`, or an error that names the parameter, what was given and what is allowed."
     given = f"{name}={value!r} ({type(value).__name__})"
     kind = type(default)
-    def numbers(v): return [float(p) for p in v.split(",") if p.strip()] if isinstance(v, str) else v
+    def numbers(v): return [float(p) for p in v.strip("[]() ").split(",") if p.strip()] if isinstance(v, str) else v
     if kind is tuple:
         try: value = tuple(numbers(value))
         except (TypeError, ValueError): value = None
@@ -238,6 +238,7 @@ class watch_parameters:
         self.namespace, self.before = namespace, {name: id(value) for name, value in namespace.items()}
         self.again = "_parameters_watched" in namespace  # the cells are run a second time, in JupyterLab
         namespace["_parameters_watched"] = True
+        self.was_read, self.accepted = False, set()
 
     def read(self, config: type) -> Config:
         "The parameters as a `config`; raises on an unknown name, a wrong value or a lost tag."
@@ -248,8 +249,11 @@ class watch_parameters:
                            "(in JupyterLab: property inspector, Cell Tags)")
         given = {n: v for n, v in self.namespace.items() if n in fields or self.before.get(n) != id(v)}
         for name, value in given.items():
-            if name not in fields and not name.startswith("_") and isinstance(value, _LITERALS) and name not in ("In", "Out"):
-                raise unknown("parameter", name, fields)
+            if name in fields or name.startswith("_") or not isinstance(value, _LITERALS) or name in ("In", "Out"): continue
+            if not self.was_read: raise unknown("parameter", name, fields)
+            if name not in self.accepted and difflib.get_close_matches(name, fields, n=1, cutoff=0.8):  # read again: later cells have names of their own by now
+                raise unknown("parameter", name, fields, f"(and run: del {name})")
+        self.was_read, self.accepted = True, set(self.namespace)
         return config(**{n: v for n, v in given.items() if n in fields})
 
 # %% ../nbs/00_core.ipynb #c039
@@ -335,7 +339,7 @@ class Run:
             self._take_lock()
             self._begin()
         except OSError as e:
-            self.close()
+            if hasattr(self, "path"): self.close()
             raise LabError(f"cannot write to {e.filename or folder} ({e.strerror}); free the disk, fix the permissions or set DKD_ROOT to another folder") from e
 
     @classmethod
@@ -380,8 +384,8 @@ def _begin(self: Run) -> None:
         for part in self.path.rglob(".*.part"): part.unlink()  # what a kill left half-written
         there = read_json(self.path / "environment.json")
         write_json(self.path / "environment.json", there | {"continued": [*there.get("continued", []), here]})
-        other = [f"{k} {there.get(k)} -> {here[k]}" for k in ("processor", "threads", "gpus") if there.get(k) != here[k]]
-        other += [f"torch {there['packages']['torch']} -> {here['packages']['torch']}"] if there["packages"]["torch"] != here["packages"]["torch"] else []
+        facts = lambda e: {k: e.get(k) for k in ("processor", "threads", "gpus")} | {"torch": e.get("packages", {}).get("torch")}
+        other = [f"{k} {was} -> {now}" for (k, was), now in zip(facts(there).items(), facts(here).values()) if was != now]
         if other: warnings.warn(f"run {self.name} continues elsewhere ({'; '.join(other)}): its last bits will differ from an uninterrupted run's")
         return
     for sub in ("checkpoints", "figures", "samples", "eval"): (self.path / sub).mkdir(exist_ok=True)

@@ -4,7 +4,7 @@
 
 # %% ../nbs/07_train.ipynb #c002
 from __future__ import annotations
-import contextlib, copy, dataclasses, errno, inspect, itertools, math, os, shutil, sys, time
+import contextlib, copy, dataclasses, errno, importlib.util, inspect, itertools, math, os, shutil, sys, time
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np
@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import nn
-from .core import (Config, LabError, Run, atomic_write, choose_device, import_torchvision, mix, param, plain, read_json, seed_everything, unknown)
+from .core import (Config, LabError, Run, atomic_write, choose_device, import_torchvision, mix, need, param, plain, read_json, seed_everything, unknown)
 from .data import Batches, Dataset, load_dataset, normalize, save_splits, splits_hash
 from .models import checkpoint_model, create_model, list_models, load_checkpoint
 from .track import start_tracker
@@ -44,7 +44,7 @@ class TrainConfig(Config):
     model: str = param("resnet8", "name of the network")
     epochs: int = param(40, "passes over the training images", low=1, high=100_000)
     steps: int = param(0, "optimiser steps instead of epochs; cadences then count steps", low=0, high=10**9)
-    batch_size: int = param(64, "images a step, over all processes", low=1)
+    batch_size: int = param(64, "images a batch, over all processes", low=1)
     optimizer: str = param("sgd", "sgd, nesterov, adamw, muon, lion or any name of timm's factory")
     lr: float = param(0.0, "learning rate; 0 is the optimiser's own", low=0, high=100)
     momentum: float = param(-1.0, "momentum; below 0 is the optimiser's own", low=-1, high=0.9999)
@@ -151,6 +151,7 @@ def classification_metrics(logits: np.ndarray, # [N, C]
 # %% ../nbs/07_train.ipynb #c023
 class Task:
     "What a family brings to `fit`."
+    used = False                       # a task is trained once: its networks are no longer what the seed made
     monitor = ("val/accuracy", "max")  # what selects the best checkpoint
     shown = "train/accuracy"           # the key metric on the progress bar
 
@@ -314,7 +315,10 @@ class NotFinite(LabError): "The loss or its gradient became NaN or infinite."
 class Loop:
     "The state of one training; `fit` makes it and calls `go`."
     def __init__(self, task: Task, cfg: TrainConfig, run: Run):
+        if task.used: raise LabError("this task was trained before, so its weights are not those of the seed; make a new model and task (run the cells that make them)")
+        if (run.path / "metrics.json").exists(): raise LabError(f"run {run.name} is finished; make a new Run")
         self.task, self.cfg, self.run = task, cfg, run
+        task.used = True
         self.accelerator = _accelerator(cfg)
         self.rank, self.world = (self.accelerator.process_index, self.accelerator.num_processes) if self.accelerator else (0, 1)
         run.writes = self.rank == 0
@@ -615,6 +619,10 @@ def _bar(total: int, done: int):
     from tqdm import tqdm
     return tqdm(total=total, initial=done, desc="training", file=sys.stdout, unit="step", mininterval=1.0, smoothing=0.05, dynamic_ncols=True, disable="IN_TEST" in os.environ)
 
+def _divides(cfg: TrainConfig, processes: int) -> None:
+    if cfg.batch_size % processes: raise LabError(f"batch_size={cfg.batch_size} does not divide among {processes} processes; use a multiple of it")
+
+# %% ../nbs/07_train.ipynb #c055
 def fit(task: Task,       # what to train
         cfg: TrainConfig, # how
         run: Run,         # where it is written
@@ -646,9 +654,6 @@ def _fit_child(task: Task, cfg: TrainConfig, run: Run) -> None:
         (run.path / ".error").write_text(str(e))
         sys.exit(1)
 
-def _divides(cfg: TrainConfig, processes: int) -> None:
-    if cfg.batch_size % processes: raise LabError(f"batch_size={cfg.batch_size} does not divide among {processes} processes; use a multiple of it")
-
 def open_run(cfg: TrainConfig, kind: str = "train") -> Run:
     "The run of this process: under `accelerate launch` the first one makes the folder and the others join it."
     accelerator = _accelerator(cfg)
@@ -664,18 +669,21 @@ def open_run(cfg: TrainConfig, kind: str = "train") -> Run:
     if given[0] is None: raise LabError(given[1])
     return run if accelerator.is_main_process else Run.join(cfg, kind, given[0], given[1])
 
-# %% ../nbs/07_train.ipynb #c055
+# %% ../nbs/07_train.ipynb #c056
 _THREADS = torch.get_num_threads()  # torch's own choice, before anybody changed it
 
 def prepare(cfg: TrainConfig) -> Dataset:
     "Seeds, threads and data of a run; refuses what cannot work before anything is written."
     choose_device(cfg.device)
+    if cfg.tracker != "none" and importlib.util.find_spec(cfg.tracker) is None: need(cfg.tracker, cfg.tracker)
+    if cfg.threads > (os.cpu_count() or 1): raise LabError(f"threads={cfg.threads}: this machine has {os.cpu_count()}")
     seed_everything(cfg.seed, cfg.deterministic)
     if cfg.model not in list_models(): raise unknown("model", cfg.model, list_models())
     data = load_dataset(cfg.dataset, cfg.data_root, cfg.image_size, cfg.val_fraction, cfg.split_seed, cfg.limit, cfg.normalization)
     torch.set_num_threads(cfg.threads or (1 if data.image_size <= 16 else _THREADS))  # on tiny images more threads only wait for each other
     if cfg.batch_size > len(data.train.labels): raise LabError(f"batch_size={cfg.batch_size} is larger than the {len(data.train.labels)} training images; use at most that")
     total = cfg.steps or cfg.epochs * math.ceil(len(data.train.labels) // cfg.batch_size / cfg.accumulation)
+    if cfg.patience and not len(data.val.labels): raise LabError("patience needs validation images; use val_fraction above 0, or patience=0")
     if cfg.warmup >= total: raise LabError(f"warmup={cfg.warmup}: expected less than the {total} steps of this training")
     if cfg.processes > 1: _divides(cfg, cfg.processes)
     flip, padding = {"auto": data.flip, "on": True, "off": False}[cfg.flip], data.crop_padding if cfg.crop_padding < 0 else cfg.crop_padding
