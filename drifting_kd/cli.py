@@ -104,7 +104,12 @@ def execute(notebook: Path, typed: dict, output: Path) -> None:
     try: output.parent.mkdir(parents=True, exist_ok=True)
     except OSError as e: raise LabError(f"cannot write to {output.parent} ({e.strerror}); give another --output") from None
     where = f"; the traceback is in {_show(output)}"
-    try: papermill.execute_notebook(str(notebook), str(output), parameters=typed, cwd=str(project_root()), progress_bar=False, stdout_file=sys.stdout, stderr_file=sys.stderr)
+    def attempt(): papermill.execute_notebook(str(notebook), str(output), parameters=typed, cwd=str(project_root()), progress_bar=False, stdout_file=sys.stdout, stderr_file=sys.stderr)
+    try:
+        try: attempt()
+        except RuntimeError as e:
+            if "Kernel died before replying" not in str(e): raise
+            attempt()  # kernels that start at once can be given the same port, by Jupyter itself; nothing has run yet
     except papermill.PapermillExecutionError as e:
         raise LabError(f"{e.evalue if e.ename == 'LabError' else f'{e.ename}: {e.evalue}'}{where}") from None
     except DeadKernelError: raise LabError(f"the kernel died (out of memory or killed); continue with -p resume True{where.replace('the traceback', 'what it did')}") from None

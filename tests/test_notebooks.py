@@ -119,7 +119,11 @@ def ran(tmp_path_factory):
     for name, root in roots.items(): retag(root, tagged=name != "tag")
     (base / "elsewhere").mkdir()
     env = {k: v for k, v in os.environ.items() if k not in ("DKD_ROOT", "IN_TEST")} | dict(OMP_NUM_THREADS="1", OMP_WAIT_POLICY="passive", MPLBACKEND="agg")
-    def call(command, cwd, stdout=subprocess.PIPE, **more): return subprocess.run([sys.executable, *map(str, command)], cwd=cwd, stdout=stdout, stderr=subprocess.PIPE, text=True, env=env | more, timeout=120)
+    def call(command, cwd, stdout=subprocess.PIPE, **more):
+        for _ in range(3):  # two kernels that start at once can be given the same port, by Jupyter itself
+            done = subprocess.run([sys.executable, *map(str, command)], cwd=cwd, stdout=stdout, stderr=subprocess.PIPE, text=True, env=env | more, timeout=120)
+            if "Kernel died before replying" not in done.stderr: break
+        return done
     def papermill(*words, cwd=roots["good"], **kwargs): return call(["-m", "papermill", *words, *WORDS], cwd, **kwargs)
     def piped():
         with open(base / "out.ipynb", "w") as out: return papermill("train.ipynb", "-p", "run_name", "nbs", cwd=roots["good"] / "nbs", stdout=out)
