@@ -123,7 +123,8 @@ def test_a_killed_kernel_and_a_run_that_does_not_finish_fail(root):
 def test_interrupt(root):
     env = os.environ | {"DKD_ROOT": str(root)}
     process = subprocess.Popen([sys.executable, "-m", "drifting_kd.cli", "run", "train", "-p", "fault", "hang", "-p", "run_name", "slow"], env=env, cwd=root, text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
+                               preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # a background job is started with Ctrl-C switched off
     for _ in range(300):
         if (root / "runs" / "slow" / "metrics.jsonl").exists(): break
         time.sleep(.1)
