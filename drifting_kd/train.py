@@ -587,8 +587,8 @@ def go(self: Loop) -> dict:
     if run.resumed: self.restore()
     self.started = time.perf_counter(), time.process_time()
     if cfg.compile and torch.are_deterministic_algorithms_enabled():
-        import torch._inductor.config
-        torch._inductor.config.deterministic = True
+        from torch._inductor import config as inductor
+        inductor.deterministic = True
     net = torch.compile(self.model, mode="reduce-overhead" if self.device.type == "cuda" else None) if cfg.compile else self.model
     self.task.net = self.accelerator.prepare_model(net) if self.accelerator else net
     self.tracker = start_tracker(cfg.tracker, run, plain(cfg), resumed=run.resumed) if self.rank == 0 else None
