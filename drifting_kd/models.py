@@ -17,8 +17,8 @@ from .data import normalize
 # %% auto #0
 __all__ = ['MODELS', 'CONVOLUTIONS', 'BATCHNORMS', 'CHECKPOINT_KEYS', 'conv3x3', 'projection', 'BasicBlock', 'Bottleneck',
            'ResNet', 'list_models', 'create_model', 'count_parameters', 'rebuild', 'layer_names', 'activations',
-           'flops', 'model_name', 'describe', 'foldable', 'fold_batchnorm', 'load_checkpoint', 'checkpoint_model',
-           'weights_sha256', 'Frozen', 'frozen']
+           'parameter_layers', 'output_sizes', 'flops', 'model_name', 'describe', 'foldable', 'fold_batchnorm',
+           'load_checkpoint', 'checkpoint_model', 'weights_sha256', 'Frozen', 'frozen']
 
 # %% ../nbs/04_models.ipynb #c005
 def conv3x3(inputs: int, outputs: int, stride: int = 1) -> nn.Conv2d: return nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
@@ -152,22 +152,47 @@ def layer_names(model: nn.Module) -> list[str]:
     return [name for name, _ in model.named_modules() if name]
 
 @contextlib.contextmanager
-def activations(model: nn.Module,
-                names,          # layers to watch: a list of names from layer_names(model), or one
-               ):
-    "Within the block, each call of the model puts the outputs of these layers, still in the graph, into the dictionary that it yields."
+def _hooked(model: nn.Module, names, see):
+    "Within the block, `see(name, output)` at each call of these layers."
     names = [names] if isinstance(names, str) else list(names)
     layers = dict(model.named_modules())
     for name in names:
         if not name or name not in layers: raise unknown("layer", name, layer_names(model))
-    seen = {}
-    def watch(name): return lambda module, inputs, output: seen.__setitem__(name, output)
+    def watch(name): return lambda module, inputs, output: see(name, output)
     hooks = [layers[name].register_forward_hook(watch(name)) for name in names]
-    try: yield seen
+    try: yield
     finally:
         for hook in hooks: hook.remove()
 
+@contextlib.contextmanager
+def activations(model: nn.Module,
+                names,          # layers to watch: a list of names from layer_names(model), or one
+               ):
+    "Within the block, each call of the model puts the outputs of these layers, still in the graph, into the dictionary that it yields."
+    seen = {}
+    with _hooked(model, names, lambda name, output: seen.__setitem__(name, output)): yield seen
+
 # %% ../nbs/04_models.ipynb #c030
+def parameter_layers(model: nn.Module) -> dict[str, list[nn.Parameter]]:
+    "layer -> the parameters of its own that training changes, in the order of `model.parameters()`."
+    layers = {}
+    for name, p in model.named_parameters():
+        if p.requires_grad: layers.setdefault(name.rpartition(".")[0] or name, []).append(p)
+    return layers
+
+@contextlib.contextmanager
+def output_sizes(model: nn.Module,
+                 names, # layers to watch
+                ):
+    "Within the block, yields layer -> tensor (sum of squares, count) of its outputs so far; the root mean square is sqrt(sum/count)."
+    sums = {}
+    def add(name, y):
+        if not isinstance(y, torch.Tensor): return
+        now = torch.stack([y.detach().float().square().sum(), torch.full((), y.numel(), dtype=torch.float32, device=y.device)])
+        sums[name] = sums[name] + now if name in sums else now
+    with _hooked(model, names, add): yield sums
+
+# %% ../nbs/04_models.ipynb #c033
 def flops(model: nn.Module,
           shape: tuple,     # of one image: channels, height, width
          ) -> int:
@@ -188,7 +213,7 @@ def describe(model: nn.Module,
     cost = f"{n / 1e9:.2f} GFLOPs" if n >= 1e9 else f"{n / 1e6:.1f} MFLOPs"
     return f"{model_name(model)}: {count_parameters(model):,} parameters, {cost} for {'x'.join(str(s) for s in shape)}"
 
-# %% ../nbs/04_models.ipynb #c034
+# %% ../nbs/04_models.ipynb #c037
 CONVOLUTIONS, BATCHNORMS = (nn.Conv1d, nn.Conv2d, nn.Conv3d), (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 def foldable(model: nn.Module, prefix: str = "") -> list[tuple[str, str]]:
@@ -217,7 +242,7 @@ def fold_batchnorm(model: nn.Module) -> nn.Module:
         model.set_submodule(bn_name, nn.Identity())
     return model
 
-# %% ../nbs/04_models.ipynb #c040
+# %% ../nbs/04_models.ipynb #c043
 CHECKPOINT_KEYS = ("model", "ema", "optimizer", "task", "rng", "config", "factory", "kwargs", "step", "epoch", "metrics")
 
 def load_checkpoint(path: str | Path) -> dict:
@@ -250,7 +275,7 @@ def checkpoint_model(checkpoint: dict,  # from load_checkpoint
     except (RuntimeError, TypeError, AttributeError) as e: raise LabError(f"the checkpoint's weights do not fit {model_name(model)}: {' '.join(str(e).split())[:300]}") from None
     return model
 
-# %% ../nbs/04_models.ipynb #c045
+# %% ../nbs/04_models.ipynb #c048
 def weights_sha256(model: nn.Module, mean: tuple, std: tuple) -> str:
     "A hash of everything that decides the output: weights, statistics, normalisation; the same on every device."
     digest = hashlib.sha256(json.dumps([[float(v) for v in mean], [float(v) for v in std]]).encode())
@@ -298,7 +323,7 @@ class Frozen:
 
     def __repr__(self) -> str: return f"Frozen({self.name}, {self.num_classes} classes, {sum(p.numel() for p in self.model.parameters()):,} weights, {self.device}, {self.dtype}, sha256 {self.sha256[:12]})"
 
-# %% ../nbs/04_models.ipynb #c046
+# %% ../nbs/04_models.ipynb #c049
 def _resolve(source: str | Path) -> Path:
     "The checkpoint file that a path, a run folder or a run's name means."
     path = Path(source) if Path(source).exists() else runs_folder() / source

@@ -14,7 +14,7 @@ from fastcore.basics import patch
 from torch import nn
 from .core import (Config, LabError, Run, atomic_write, choose_device, import_torchvision, mix, need, param, plain, read_json, seed_everything, unknown)
 from .data import Batches, Dataset, load_dataset, normalize, save_splits, splits_hash
-from .models import checkpoint_model, create_model, list_models, load_checkpoint
+from .models import checkpoint_model, create_model, list_models, load_checkpoint, output_sizes, parameter_layers
 from .track import start_tracker
 
 # %% auto #0
@@ -62,6 +62,7 @@ class TrainConfig(Config):
     patience: int = param(0, "evaluations without improvement before stopping; 0 is off", low=0)
     log_every: int = param(50, "steps a line of metrics.jsonl", low=1)
     eval_every: int = param(10, "epochs between evaluations; the end always is one", low=1)
+    layer_norms: bool = param(False, "log the norms of each layer's gradient, weights and activations")
     save_every: int = param(0, "epochs between checkpoints; 0 is one (with steps: eval_every)", low=0)
     keep_last: int = param(2, "how many numbered checkpoints to keep", low=0)
 
@@ -340,6 +341,7 @@ class Loop:
         self._reset()
 
     def _reset(self) -> None:
+        self.squares = 0.0  # of each parameter's gradient norm, since the last log line
         self.sums, self.count, self.bad = {}, 0, torch.full((), -1, dtype=torch.int64, device=self.device)
         self.window = dict(start=time.perf_counter(), data=0.0, steps=0, images=0)
 
@@ -375,7 +377,10 @@ def train_step(self: Loop, group: list) -> None:
         self._add({"train/loss": loss, **metrics}, 1 / len(group))
     self.scaler.unscale_(self.optimizer)
     grads = [p.grad for p in self.parameters if p.grad is not None]
-    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))  # torch's get_total_norm moves every tensor's norm by itself: 1 % of a small step
+    if cfg.layer_norms and len(grads) < len(self.parameters): grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
+    norms = torch.stack(torch._foreach_norm(grads))
+    norm = torch.linalg.vector_norm(norms)  # torch's get_total_norm moves every tensor's norm by itself: 1 % of a small step
+    if cfg.layer_norms: self.squares = self.squares + norms.square()
     if cfg.grad_clip: torch.nn.utils.clip_grads_with_norm_(self.parameters, cfg.grad_clip, norm)
     self._add({"train/grad_norm": norm}, 1)
     finite = torch.isfinite(total if self.dtype is torch.float16 else total + norm)  # fp16 skips steps whose gradient overflowed
@@ -410,6 +415,16 @@ def write(self: Loop, metrics: dict) -> None:
     if self.tracker: self.tracker.log(plain(metrics), self.step)
 
 @patch
+def norms_by_layer(self: Loop) -> dict:
+    "`train/grad_norm/<layer>` (root mean square over the steps since the last line) and `train/weight_norm/<layer>`."
+    squares = (self.squares / self.count).tolist(), torch.stack(torch._foreach_norm([p.detach() for p in self.parameters])).square().tolist()
+    at, line = 0, {}
+    for layer, own in parameter_layers(self.model).items():
+        for kind, values in zip(("grad", "weight"), squares): line[f"train/{kind}_norm/{layer}"] = math.sqrt(sum(values[at:at + len(own)]))
+        at += len(own)
+    return line
+
+@patch
 def log(self: Loop) -> None:
     "One line of training metrics: the only place where a step's numbers reach the host."
     self.check_finite()
@@ -424,8 +439,9 @@ def log(self: Loop) -> None:
     if self.device.type == "cuda":
         line |= {"system/gpu_memory_allocated_gb": torch.cuda.memory_allocated() / 2**30, "system/gpu_memory_reserved_gb": torch.cuda.memory_reserved() / 2**30}
         with contextlib.suppress(Exception): line["system/gpu_utilization"] = torch.cuda.utilization()
-    self.write(line)
     self.last_metrics |= line
+    if self.cfg.layer_norms: line |= self.norms_by_layer()
+    self.write(line)
     self._reset()
     if self.bar is not None:
         shown = self.task.shown
@@ -439,10 +455,15 @@ def inference_model(self: Loop) -> nn.Module: return self.ema.model if self.ema 
 def evaluate(self: Loop) -> bool:
     "Evaluate on validation, remember the best; True if it is time to stop."
     self.check_finite()  # logits that are not numbers cannot be scored
+    layers = list(parameter_layers(self.model)) if self.cfg.layer_norms else []
     with undisturbed(self.inference_model) as model, self.autocast():
-        metrics = self.task.evaluate(model, "val")
+        with output_sizes(model, layers) as sizes: metrics = self.task.evaluate(model, "val")
         if self.rank == 0: self.task.preview(model, self.run)
-    self.write(metrics) if metrics else None
+    seconds, cpu_seconds = self.elapsed()
+    if layers:
+        rows = self._reduce(torch.stack([sizes.get(layer, torch.zeros(2, device=self.device)) for layer in layers]), "mean").tolist()
+        metrics = metrics | {f"val/activation_rms/{layer}": math.sqrt(square / count) for layer, (square, count) in zip(layers, rows) if count}
+    self.write(metrics | {"progress/train_seconds": seconds, "progress/train_cpu_seconds": cpu_seconds})
     self.last_metrics |= metrics
     name, direction = self.task.monitor
     value = metrics.get(name)
@@ -461,7 +482,7 @@ def elapsed(self: Loop) -> tuple[float, float]:
 @patch
 def checkpoint(self: Loop) -> dict:
     spec = getattr(self.model, "spec", {"factory": "", "kwargs": {}})
-    loop = dict(sums=self.sums, count=self.count, best=self.best, since_best=self.since_best, seconds=self.elapsed(), scaler=self.scaler.state_dict())
+    loop = dict(sums=self.sums, squares=self.squares, count=self.count, best=self.best, since_best=self.since_best, seconds=self.elapsed(), scaler=self.scaler.state_dict())
     return dict(model=self.model.state_dict(), ema=self.ema.model.state_dict() if self.ema else None, optimizer=self.optimizer.state_dict(), task=self.task.facts() | {"state": self.task.state()},
                 rng=random_state(), config=plain(self.cfg), factory=spec["factory"], kwargs=spec["kwargs"], step=self.step, epoch=self.step // self.steps_per_epoch,
                 metrics=plain(self.last_metrics), loop=loop)
@@ -496,6 +517,7 @@ def restore(self: Loop) -> None:
     loop = c["loop"]
     if loop["scaler"]: self.scaler.load_state_dict(loop["scaler"])
     self.sums, self.count = {k: v.to(self.device) for k, v in loop["sums"].items()}, loop["count"]
+    if torch.is_tensor(loop.get("squares")): self.squares = loop["squares"].to(self.device)
     self.step, self.best, self.since_best, self.seconds, self.last_metrics = c["step"], loop["best"], loop["since_best"], loop["seconds"], c["metrics"]
     self.run.truncate(self.step)
     if self.rank == 0: self.publish()
