@@ -7,11 +7,11 @@ from __future__ import annotations
 import argparse, ast, datetime, json, logging, os, re, sys, time
 from pathlib import Path
 from .core import LabError, check_value, list_runs, project_root, run_state, runs_folder, unknown
-from .sweep import expand, load_matrix, load_yaml
+from .sweep import compare, expand, load_matrix, load_study, load_yaml, run_sweep, trials
 
 # %% auto #0
 __all__ = ['KEY_METRICS', 'find_notebook', 'declared', 'cast', 'parameters', 'execute', 'run_command', 'table', 'notebook_of',
-           'runs_command', 'sweep_command', 'parser', 'main']
+           'runs_command', 'sweep_command', 'compare_command', 'parser', 'main']
 
 # %% ../nbs/16_cli.ipynb #c005
 def find_notebook(name: str) -> Path:
@@ -168,9 +168,25 @@ def sweep_command(args) -> int:
     runs = expand(matrix)
     notebook = find_notebook(matrix.get("notebook", "train"))
     for run in runs: parameters(notebook, run, [])
-    if not args.dry_run: raise LabError(f"the engines of dkd sweep are not there yet: list the {len(runs)} runs with --dry-run, and start each with dkd run {notebook.stem} -p ...")
+    if args.dry_run: return _list(runs, notebook)
+    if failed := run_sweep(runs, str(notebook), args.workers): raise LabError(f"{len(failed)} of {len(runs)} runs failed: {'; '.join(f'{n}: {why}' for n, why in failed.items())}; give the command again to continue")
+    return 0
+
+def _list(runs: list[dict], notebook: Path) -> int:
     for run in runs: print(" ".join(f"{k}={v}" for k, v in {"run_name": run["run_name"], **run}.items()))
     print(f"{len(runs)} runs of {notebook.stem}")
+    return 0
+
+def compare_command(args) -> int:
+    study = load_study(args.study)
+    notebook, report = find_notebook(study["notebook"]), find_notebook("report")
+    for run in trials(study): parameters(notebook, run, [])
+    if args.dry_run: return _list(trials(study), notebook)
+    chosen = compare(study, args.workers)
+    pattern = ",".join(f"{study['name']}-{name}-s{seed}" for name in study["candidates"] for seed in study["seeds"])
+    output = runs_folder() / "notebooks" / f"{study['name']}-report.ipynb"
+    execute(report, parameters(report, dict(pattern=pattern, by=study["by"], name=study["name"]), []), output)
+    print(f"tuning    {_show(chosen)}\nreport    {_show(output)}")
     return 0
 
 # %% ../nbs/16_cli.ipynb #c017
@@ -188,10 +204,16 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--last", type=int, default=0, metavar="N", help="only the newest N")
     p.add_argument("--paths", action="store_true", help="where notebook, metrics and figures are, instead of the table")
     p.set_defaults(do=runs_command)
-    p = commands.add_parser("sweep", help="list the runs of a matrix file")
+    p = commands.add_parser("sweep", help="run every run of a matrix file once")
     p.add_argument("matrix", help="YAML matrix, such as nbs/configs/sweeps/optimizers_digits.yaml")
     p.add_argument("--dry-run", action="store_true", help="list the runs and stop")
+    p.add_argument("--workers", type=int, default=1, metavar="N", help="runs at a time")
     p.set_defaults(do=sweep_command)
+    p = commands.add_parser("compare", help="a fair comparison: equal tuning, choice on validation, several seeds, report")
+    p.add_argument("study", help="YAML study, such as nbs/configs/sweeps/compare_optimizers_digits.yaml")
+    p.add_argument("--dry-run", action="store_true", help="list the tuning runs and stop")
+    p.add_argument("--workers", type=int, default=1, metavar="N", help="runs at a time")
+    p.set_defaults(do=compare_command)
     return whole
 
 def main(argv: list[str] | None = None) -> int:
