@@ -1,8 +1,9 @@
 """What `fit` costs over a bare PyTorch loop with the same pixels, ResNet-8, 32x32x3, batch 128.
 
-    python benchmarks/loop.py [--repeats 40] [--steps 5] [--threads 1 2] [--out benchmarks/results/loop.json]
+    python benchmarks/loop.py [--repeats 120] [--steps 5] [--threads 1 2] [--out benchmarks/results/loop.json]
 
 Both train on the same batches in one process, in turns of `steps` steps, and CPU time is counted, so a busy machine hurts both alike.
+`parts` times by themselves the things that `fit` does in a step and a bare loop does not; `layer norms` is what `layer_norms=True` adds.
 `fit` has everything on: EMA, gradient clipping, metrics on the device, the not-finite guard, a log line every 50 steps (the default), deterministic kernels (for both, since the switch is the process's).
 """
 import argparse, itertools, os, statistics, sys, tempfile, time
@@ -66,9 +67,31 @@ def compare(data: Dataset, steps: int, repeats: int) -> dict:
             "overhead_of_all_turns_percent": 100 * (sum(seconds["fit"]) / sum(seconds["bare"]) - 1),
             "overhead_of_fastest_turns_percent": 100 * (min(seconds["fit"]) / min(seconds["bare"]) - 1)}
 
+def parts(data: Dataset, n: int = 200) -> dict:
+    "CPU milliseconds of what `fit` adds to a step, one at a time, and their share of the bare step."
+    loop, bare = Fit(data, layer_norms=True).loop, Bare(data)
+    batch = next(iter(Batches(data.train, 128, seed=0)))
+    def clock(do, n=n):
+        times = []
+        for _ in range(n):
+            start = time.process_time()
+            do()
+            times.append(1e3 * (time.process_time() - start))
+        return statistics.median(times)
+    step = clock(lambda: bare([batch]), 20)
+    loop.train_step([batch])
+    for p in loop.parameters: p.grad = torch.randn_like(p)
+    grads = [p.grad for p in loop.parameters]
+    norms = torch.stack(torch._foreach_norm(grads))
+    norm = torch.linalg.vector_norm(norms)
+    def layer_norms(): loop.squares = loop.squares + norms.square()
+    found = {"gradient norm": clock(lambda: torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))), "clipping": clock(lambda: torch.nn.utils.clip_grads_with_norm_(loop.parameters, 1.0, norm)),
+             "EMA": clock(lambda: loop.ema.update(loop.model, 0)), "layer norms, a step": clock(layer_norms), "layer norms, a line of 50 steps, per step": clock(loop.norms_by_layer) / 50}
+    return {"bare_step_cpu_ms": step, "cpu_ms": found, "percent_of_a_step": {k: 100 * v / step for k, v in found.items()}}
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--repeats", type=int, default=40)
+    parser.add_argument("--repeats", type=int, default=120)
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "loop.json")
@@ -79,8 +102,10 @@ def main() -> None:
         for threads in args.threads:
             torch.set_num_threads(threads)
             rows[f"threads_{threads}"] = r = compare(data, args.steps, args.repeats)
+            r["parts"] = parts(data)
             print(f"{threads} threads: bare {r['cpu_ms_per_step']['bare']:.1f}, fit {r['cpu_ms_per_step']['fit']:.1f} CPU-ms a step: {r['overhead_percent']:+.1f} % (quartiles {r['overhead_quartiles_percent'][0]:+.1f}, {r['overhead_quartiles_percent'][2]:+.1f}; fastest turns {r['overhead_of_fastest_turns_percent']:+.1f}); "
                   f"{r['seconds_per_epoch']['bare']:.1f} and {r['seconds_per_epoch']['fit']:.1f} s for 45,000 images")
+            print("  " + ", ".join(f"{k} {v:.2f} %" for k, v in r["parts"]["percent_of_a_step"].items()))
     write_json(args.out, dict(what="training steps of fit with everything on, over a bare loop with the same pixels", repeats=args.repeats, **rows, environment=environment()))
 
 if __name__ == "__main__": main()

@@ -170,27 +170,26 @@ class Batches:
                  device="cpu",
                  crop_padding: int | None = None, # None is the split's own
                  flip: bool | None = None,
-                 start: int = 0,                  # batches to skip, for continuing inside an epoch
                 ):
         if not 0 <= rank < world: raise LabError(f"rank={rank} of world={world}: expected 0 <= rank < world")
         if batch_size < 1 or batch_size % world: raise LabError(f"batch_size={batch_size} cannot be shared by {world} processes; expected a positive multiple of {world}")
         if drop_last and len(split) < batch_size: raise LabError(f"batch_size={batch_size} is more than the {len(split)} images; use at most {len(split)}, or drop_last=False")
-        self.split, self.batch_size, self.seed, self.epoch, self.start, self.device = split, batch_size, seed, epoch, start, torch.device(device)
+        self.split, self.batch_size, self.seed, self.epoch, self.device = split, batch_size, seed, epoch, torch.device(device)
         self.augment, self.shuffle, self.drop_last, self.rank, self.world = augment, shuffle, drop_last, rank, world
         self.crop_padding = split.crop_padding if crop_padding is None else crop_padding
         self.flip = split.flip if flip is None else flip
 
     def __len__(self) -> int:
         full, rest = divmod(len(self.split), self.batch_size)
-        return max(0, full + (rest > 0 and not self.drop_last) - self.start)
+        return full + (rest > 0 and not self.drop_last)
 
     def rows(self) -> tuple[Tensor, list[int]]:
         "This rank's rows for the whole epoch, and how many of them each batch has."
         n, b, w = len(self.split), self.batch_size, self.world
         order = permutation(n, self.seed, self.epoch, _ORDER, device=self.device) if self.shuffle else torch.arange(n, device=self.device)
         full, rest = divmod(n, b)
-        rows, sizes = order[:full * b].view(full, w, b // w)[self.start:, self.rank].flatten(), [b // w] * max(0, full - self.start)
-        if rest and not self.drop_last and self.start <= full:
+        rows, sizes = order[:full * b].view(full, w, b // w)[:, self.rank].flatten(), [b // w] * full
+        if rest and not self.drop_last:
             share = order[full * b:].tensor_split(w)[self.rank]
             rows, sizes = torch.cat([rows, share]), [*sizes, len(share)]
         return rows, sizes

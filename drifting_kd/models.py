@@ -152,8 +152,9 @@ def layer_names(model: nn.Module) -> list[str]:
     return [name for name, _ in model.named_modules() if name]
 
 @contextlib.contextmanager
-def _hooked(model: nn.Module, names, see):
+def _hooked(model, names, see):
     "Within the block, `see(name, output)` at each call of these layers."
+    if not isinstance(model, nn.Module): model = model.model  # of what `frozen` returns
     names = [names] if isinstance(names, str) else list(names)
     layers = dict(model.named_modules())
     for name in names:
@@ -165,7 +166,7 @@ def _hooked(model: nn.Module, names, see):
         for hook in hooks: hook.remove()
 
 @contextlib.contextmanager
-def activations(model: nn.Module,
+def activations(model,          # a module, or what `frozen` returns
                 names,          # layers to watch: a list of names from layer_names(model), or one
                ):
     "Within the block, each call of the model puts the outputs of these layers, still in the graph, into the dictionary that it yields."
@@ -181,7 +182,7 @@ def parameter_layers(model: nn.Module) -> dict[str, list[nn.Parameter]]:
     return layers
 
 @contextlib.contextmanager
-def output_sizes(model: nn.Module,
+def output_sizes(model, # a module, or what `frozen` returns
                  names, # layers to watch
                 ):
     "Within the block, yields layer -> tensor (sum of squares, count) of its outputs so far; the root mean square is sqrt(sum/count)."
@@ -317,7 +318,7 @@ class Frozen:
                 ):
         "Pooled fp32 features `[B, D]`, or a dictionary of named layers' outputs from one pass; the layer `head` is the logits."
         if layers is not None:
-            with activations(self.model, layers) as seen: self.model(self.prepare(x))
+            with activations(self, layers) as seen: self(x)
             return {name: value.float() for name, value in seen.items()}
         if not (hasattr(self.model, "features") and hasattr(self.model, "head")): raise LabError(f"{self.name} has no features and head; name layers, such as {layer_names(self.model)[-1]!r}")
         return self.model.features(self.prepare(x)).float()
