@@ -82,7 +82,19 @@ def overhead(data, device: str, epochs: int) -> dict:
     print(f"fit over bare loop: {ratio:.3f}", flush=True)
     return dict(ratio=ratio, seconds_per_100_steps={k: statistics.median(v[1:]) for k, v in seconds.items()})
 
-MEASUREMENTS = dict(training=training, determinism=determinism, overhead=overhead)
+def optimizers(data, device: str, epochs: int) -> dict:
+    "Seconds an epoch with each optimiser of the comparison, layer norms logged, bf16, batch 128."
+    rows = {}
+    for name in ("sgd", "adamw", "muon", "lion"):
+        start = clock(device)
+        cfg = TrainConfig(dataset=data.name, device=device, epochs=max(1, min(3, epochs)), batch_size=128, optimizer=name, precision="bf16", layer_norms=True, tracker="none")
+        seed_everything(cfg.seed, "on")
+        summary = fit(Classify(create_model("resnet8", len(data.classes), 3, 32), data, cfg), cfg, Run(cfg, "gpu"))
+        rows[name] = dict(seconds_per_epoch=(clock(device) - start) / summary["epochs"], test_accuracy=summary["test/accuracy"])
+        print(name, rows[name], flush=True)
+    return rows
+
+MEASUREMENTS = dict(training=training, determinism=determinism, overhead=overhead, optimizers=optimizers)
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])

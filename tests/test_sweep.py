@@ -1,0 +1,78 @@
+"Sweeps and comparisons with real processes: `dkd sweep`, `dkd compare`, on a small notebook of their own."
+import json, os, shutil, signal, subprocess, sys, time
+import pytest
+from conftest import ROOT
+
+TOY = '''from drifting_kd.core import Config, LabError, Run, param, watch_parameters
+from dataclasses import dataclass
+import math, time
+@dataclass
+class Toy(Config):
+    optimizer: str = param("sgd", "name")
+    lr: float = param(0.1, "rate")
+    dataset: str = param("toy", "name")
+    wait: float = param(0.0, "seconds")
+guard = watch_parameters(globals())'''
+CELL = 'run_name: str = ""\nseed: int = 42\nresume: bool = False\ntracker: str = "none"\nproject: str = "p"\noptimizer: str = "sgd"\nlr: float = 0.1\ndataset: str = "toy"\nwait: float = 0.0'
+BODY = '''cfg = guard.read(Toy)
+run = Run(cfg, "toy")
+(run.path / "began").open("a").write("x")
+if cfg.lr > 5: raise LabError("the loss or its gradient is not finite at step 1")
+time.sleep(cfg.wait)
+value = .9 - .1 * abs(math.log10(cfg.lr) + {"sgd": 1, "adamw": 3}[cfg.optimizer]) + .001 * cfg.seed
+for epoch in (1, 2): run.log({"train/loss": 1 - value, "val/accuracy": value * epoch / 2, "progress/train_seconds": epoch, "progress/train_cpu_seconds": epoch}, epoch, epoch)
+run.finish({"val/best_accuracy": value, "test/accuracy": 1 - value, "test/last_accuracy": 1 - value})'''
+
+@pytest.fixture
+def toy(lab):
+    cell = lambda source, tags=(): dict(cell_type="code", execution_count=None, metadata={"tags": list(tags)}, outputs=[], source=source)
+    (lab / "nbs").mkdir()
+    (lab / "nbs" / "toy.ipynb").write_text(json.dumps(dict(cells=[cell(TOY), cell(CELL, ["parameters"]), cell(BODY)], nbformat=4, nbformat_minor=4, metadata=dict(kernelspec=dict(name="python3", display_name="p", language="python")))))
+    if (ROOT / "nbs" / "report.ipynb").exists(): shutil.copy(ROOT / "nbs" / "report.ipynb", lab / "nbs")
+    return lab
+
+def dkd(*words, **options): return subprocess.run([sys.executable, "-m", "drifting_kd.cli", *map(str, words)], capture_output=True, text=True, timeout=300, **options)
+def began(lab) -> dict: return {p.parent.name: len(p.read_text()) for p in (lab / "runs").glob("*/began")}
+
+def test_every_run_once_and_failures_cost_only_themselves(toy):
+    matrix = toy / "m.yaml"
+    matrix.write_text("notebook: toy\nmatrix: {lr: [0.1, 0.2, 9.0]}\nname: 'lr{lr}'")
+    done = dkd("sweep", matrix, "--workers", 2)
+    assert done.returncode == 1 and "1 of 3 runs failed: lr9.0: " in done.stderr and "not finite" in done.stderr, done.stderr
+    assert {p.parent.name for p in (toy / "runs").glob("*/metrics.json")} == {"lr0.1", "lr0.2"}
+    matrix.write_text("notebook: toy\nmatrix: {lr: [0.1, 0.2, 0.3]}\nname: 'lr{lr}'")
+    done = dkd("sweep", matrix)
+    assert done.returncode == 0 and "3 runs, 2 of them finished before" in done.stdout, done.stdout + done.stderr
+    assert began(toy) == {"lr0.1": 1, "lr0.2": 1, "lr0.3": 1, "lr9.0": 1}  # what was finished was left alone
+    matrix.write_text("notebook: toy\nmatrix: {lr: [0.5]}\nname: lr0.1")
+    done = dkd("sweep", matrix)
+    assert done.returncode == 1 and "finished with other parameters: lr (there 0.1, here 0.5)" in done.stderr
+
+def test_a_killed_sweep_continues(toy):
+    matrix = toy / "m.yaml"
+    matrix.write_text("notebook: toy\nbase: {wait: 5.0}\nmatrix: {lr: [0.1]}\nname: 'lr{lr}'")
+    sweep = subprocess.Popen([sys.executable, "-m", "drifting_kd.cli", "sweep", str(matrix)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    end = time.time() + 60
+    while not began(toy) and time.time() < end: time.sleep(.2)
+    os.killpg(sweep.pid, signal.SIGKILL)
+    sweep.wait()
+    assert not list((toy / "runs").glob("*/metrics.json"))
+    done = dkd("sweep", matrix)
+    assert done.returncode == 0, done.stderr
+    assert began(toy) == {"lr0.1": 2}
+
+def test_a_fair_comparison_from_one_command(toy):
+    study = toy / "fair.yaml"
+    study.write_text("""notebook: toy
+candidates:
+  sgd: {optimizer: sgd, search: {lr: [0.01, 1.0]}}
+  adamw: {optimizer: adamw, search: {lr: [1.0e-4, 1.0e-2]}}
+trials: 2
+select: val/best_accuracy
+seeds: [0, 1]""")
+    done = dkd("compare", study, "--workers", 2)
+    assert done.returncode == 0, done.stdout + done.stderr
+    chosen = json.loads((toy / "runs" / "fair.json").read_text())["chosen"]
+    assert [c["parameters"]["lr"] for c in chosen.values()] == [.1, .001]  # the best by validation, though test says the opposite
+    assert began(toy) == {f"fair-{n}-{r}": 1 for n in ("sgd", "adamw") for r in ("t1", "t2", "s0", "s1")}
+    assert list((toy / "figures").glob("fair*.png")) and list((toy / "figures").glob("fair*.json")), done.stdout
