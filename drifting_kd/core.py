@@ -12,8 +12,9 @@ from fastcore.basics import patch
 # %% auto #0
 __all__ = ['SCHEMA', 'DETERMINISTIC', 'PACKAGES', 'LabError', 'unknown', 'project_root', 'runs_folder', 'working_folder',
            'environ', 'plain', 'atomic_write', 'write_json', 'read_json', 'mix', 'generator', 'seed_everything',
-           'choose_device', 'import_torchvision', 'need', 'param', 'check_value', 'Config', 'check_run_name',
-           'watch_parameters', 'git_state', 'environment', 'run_state', 'Run', 'read_metrics', 'list_runs']
+           'choose_device', 'import_torchvision', 'need', 'param', 'check_value', 'Parameters', 'Config',
+           'check_run_name', 'watch_parameters', 'git_state', 'environment', 'run_state', 'Run', 'read_metrics',
+           'list_runs']
 
 # %% ../nbs/00_core.ipynb #c005
 SCHEMA = 1  # version of every JSON file a run writes
@@ -201,9 +202,18 @@ def check_value(name: str, value, default, choices: tuple = (), low=None, high=N
         raise LabError(f"{given}: expected {allowed}")
     return value
 
+# %% ../nbs/00_core.ipynb #c031
 @dataclass
-class Config:
-    "Base of every family's configuration; making one checks every field."
+class Parameters:
+    "What a notebook can be given; making one checks every field."
+    def __post_init__(self):
+        for f in dataclasses.fields(self):
+            default = f.default if f.default is not dataclasses.MISSING else f.default_factory()
+            setattr(self, f.name, check_value(f.name, getattr(self, f.name), default, **f.metadata))
+
+@dataclass
+class Config(Parameters):
+    "Base of every family's configuration: the parameters of a run."
     run_name: str = param("", "name of the run folder; empty is made from the other parameters")
     seed: int = param(42, "seed of initial weights, order and augmentation", low=0)
     resume: bool = param(False, "continue the unfinished run of this configuration")
@@ -213,9 +223,7 @@ class Config:
     NOT_COMPARED = ("run_name", "resume", "tracker", "project", "data_root")  # what does not change the numbers
 
     def __post_init__(self):
-        for f in dataclasses.fields(self):
-            default = f.default if f.default is not dataclasses.MISSING else f.default_factory()
-            setattr(self, f.name, check_value(f.name, getattr(self, f.name), default, **f.metadata))
+        super().__post_init__()
         if self.run_name: check_run_name(self.run_name)
 
     def identity(self) -> dict:
@@ -229,7 +237,7 @@ def check_run_name(name: str) -> None:
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._+=-]{0,150}", name):
         raise LabError(f"run_name={name!r}: expected letters, digits and . _ + = - only (no folders: a run stays inside runs/)")
 
-# %% ../nbs/00_core.ipynb #c034
+# %% ../nbs/00_core.ipynb #c037
 _LITERALS = (bool, int, float, str, list, tuple, dict, type(None))
 
 class watch_parameters:
@@ -240,7 +248,7 @@ class watch_parameters:
         namespace["_parameters_watched"] = True
         self.was_read, self.accepted = False, set()
 
-    def read(self, config: type) -> Config:
+    def read(self, config: type) -> Parameters:
         "The parameters as a `config`; raises on an unknown name, a wrong value or a lost tag."
         fields = {f.name for f in dataclasses.fields(config)}
         early = sorted(fields & set(self.before))
@@ -256,7 +264,7 @@ class watch_parameters:
         self.was_read, self.accepted = True, set(self.namespace)
         return config(**{n: v for n, v in given.items() if n in fields})
 
-# %% ../nbs/00_core.ipynb #c039
+# %% ../nbs/00_core.ipynb #c042
 def _command(*words: str, cwd: Path | None = None) -> str | None:
     "First line of a command's output, or None."
     try: out = subprocess.run(words, capture_output=True, text=True, timeout=10, cwd=cwd, stdin=subprocess.DEVNULL)
@@ -301,7 +309,7 @@ def _processor() -> str | None:
     except OSError: return platform.processor() or None
     return next((l.split(":", 1)[1].strip() for l in lines if l.startswith("model name")), None)
 
-# %% ../nbs/00_core.ipynb #c042
+# %% ../nbs/00_core.ipynb #c045
 def _lock(path: Path, mode: str = "a+"):
     "An exclusive lock that the system drops when the process dies; None if another process holds it."
     handle = open(path, mode)
@@ -324,7 +332,7 @@ def run_state(path: Path) -> str:
     handle.close()
     return "stopped"
 
-# %% ../nbs/00_core.ipynb #c043
+# %% ../nbs/00_core.ipynb #c046
 class Run:
     "One folder under `runs/`: made new, or continued with `cfg.resume`."
     held: dict = {}  # locks of this process: running a notebook's cells again takes over its own run
@@ -352,7 +360,7 @@ class Run:
     @property
     def name(self) -> str: return self.path.name
 
-# %% ../nbs/00_core.ipynb #c045
+# %% ../nbs/00_core.ipynb #c048
 @patch
 def _create(self: Run, folder: Path) -> Path:
     c = self.cfg
@@ -374,7 +382,7 @@ def _take_lock(self: Run) -> None:
     else: raise LabError(f"run {self.name} is being written by another process; wait for it, stop it, or use another run_name")
     Run.held[str(self.path)] = handle
 
-# %% ../nbs/00_core.ipynb #c047
+# %% ../nbs/00_core.ipynb #c050
 @patch
 def _begin(self: Run) -> None:
     "Write what a new run starts with; config.json comes last and makes the folder a run. For a continued one, note where it goes on."
@@ -426,7 +434,7 @@ def _unstarted(self: Run, path: Path) -> Path:
     if strange: raise LabError(f"{path} is not a run (it holds {strange[0]}, but no config.json); use another run_name")
     return path
 
-# %% ../nbs/00_core.ipynb #c049
+# %% ../nbs/00_core.ipynb #c052
 @patch
 def log(self: Run, metrics: dict, step: int, epoch: float = 0) -> None:
     "Append one line to metrics.jsonl; it reaches the system at once, so a kill loses none."
@@ -464,7 +472,7 @@ def read_metrics(path: str | Path) -> list[dict]:
             if i < len(lines) - 1: raise LabError(f"{path} line {i + 1} is not valid JSON; restore the file or delete that line") from None
     return out
 
-# %% ../nbs/00_core.ipynb #c054
+# %% ../nbs/00_core.ipynb #c057
 def list_runs(folder: Path | None = None) -> list[dict]:
     "Every run: name, kind, state, last step and epoch, its summary or last metrics, and age in seconds; newest first."
     rows = []

@@ -175,10 +175,9 @@ def activations(model,          # a module, or what `frozen` returns
 
 # %% ../nbs/04_models.ipynb #c030
 def parameter_layers(model: nn.Module) -> dict[str, list[nn.Parameter]]:
-    "layer -> the parameters of its own that training changes, in the order of `model.parameters()`."
+    "layer -> the parameters of its own, in the order of `model.parameters()`; a model that has parameters itself is called by its class."
     layers = {}
-    for name, p in model.named_parameters():
-        if p.requires_grad: layers.setdefault(name.rpartition(".")[0] or name, []).append(p)
+    for name, p in model.named_parameters(): layers.setdefault(name.rpartition(".")[0] or type(model).__name__, []).append(p)
     return layers
 
 @contextlib.contextmanager

@@ -9,12 +9,14 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
-from .core import LabError, atomic_write
+from .core import LabError, atomic_write, unknown
 
 # %% auto #0
 __all__ = ['COLOURS', 'STYLE', 'WORDS', 'UNITS', 'LOWER', 'HIGHER', 'Picture', 'use_style', 'save_figure', 't_interval',
            'metric_words', 'plot_curves', 'as_pixels', 'image_grid', 'class_grid', 'confusion_matrix', 'mistakes',
-           'speed_bars']
+           'speed_bars', 'direction_of', 'overlapping', 'dots_finding', 'interval_dots', 'first_reach',
+           'time_to_target', 'wilson', 'reliability_diagram', 'robustness_curves', 'layer_curves', 'layer_profile',
+           'channel_grid']
 
 # %% ../nbs/03_plots.ipynb #c005
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito: told apart by colour-blind readers
@@ -24,9 +26,11 @@ STYLE = {"font.size": 10, "axes.titlesize": 10, "figure.titlesize": 11, "axes.ax
 class Picture(Figure):
     "A matplotlib figure that shows itself in a notebook without pyplot's list of open figures."
     def _repr_png_(self) -> bytes:
-        out = io.BytesIO()
-        self.savefig(out, format="png", bbox_inches="tight", metadata={"Software": None}, pil_kwargs={"optimize": True})
-        return out.getvalue()
+        from PIL import Image
+        full, small = io.BytesIO(), io.BytesIO()
+        self.savefig(full, format="png", bbox_inches="tight")
+        Image.open(full).convert("RGB").quantize(128, dither=Image.Dither.NONE).save(small, format="png", optimize=True)  # 128 colours: a quarter of the bytes in a notebook
+        return small.getvalue()
 
 def use_style() -> None:
     "Draw your own figures in the style of these."
@@ -115,6 +119,12 @@ def _panel(ax, runs: dict, key: str, x: str) -> None:
     name, _, value, _ = (min if better == "lowest" else max)(ends, key=lambda e: e[2])
     ax.set_title(f"{name} ends {better} at {value:.4g}{unit and ' ' + unit}" if len(ends) > 1 and better else f"{metric_words(key)} ends at {value:.4g}{unit and ' ' + unit}" if len(ends) == 1 else metric_words(key))
 
+def _check_recorded(runs: dict, keys: tuple) -> None:
+    "A key that no run has at all is a misspelt one."
+    have = {k for seeds in runs.values() for rows in seeds for row in rows for k in row}
+    for key in keys:
+        if key not in have: raise unknown("metric", key, [k for k in have if "/" in k])
+
 @_styled
 def plot_curves(runs: dict,           # name -> lines of a metrics.jsonl (core.read_metrics), or a list of such, one a seed
                 keys: tuple = ("train/loss", "val/accuracy"), # one panel each
@@ -125,6 +135,7 @@ def plot_curves(runs: dict,           # name -> lines of a metrics.jsonl (core.r
     keys = (keys,) if isinstance(keys, str) else tuple(keys)
     if not runs or not keys: raise LabError("plot_curves got no runs or no keys; give {name: read_metrics(run)} and at least one key")
     runs = {name: lines if lines and isinstance(lines[0], list) else [lines] for name, lines in runs.items()}
+    _check_recorded(runs, keys)
     columns = min(2, len(keys))
     rows = math.ceil(len(keys) / columns)
     fig = Picture(figsize=(4.6 * columns if columns > 1 else 6, 2.8 * rows + .3 * bool(title)), layout="constrained")
@@ -271,4 +282,262 @@ def speed_bars(values: dict,      # name -> number; not finite or None is "not m
     for i, v in enumerate(numbers): ax.annotate(f"{v:,.{0 if abs(v) >= 100 else 1 if abs(v) >= 10 else 2}f}" if math.isfinite(v) else "not measured", (np.nan_to_num(v), i), xytext=(4, 0), textcoords="offset points", va="center")
     ax.set(yticks=range(len(values)), yticklabels=list(values), xlabel=unit, title=title)
     ax.invert_yaxis(), ax.margins(x=.12), ax.grid(False, axis="y"), ax.spines["left"].set_visible(False), ax.tick_params(axis="y", length=0)
+    return fig
+
+# %% ../nbs/03_plots.ipynb #c040
+def direction_of(key: str,            # metric
+                 direction: str = "", # max, min, or empty: told by the name
+                ) -> str:
+    "`max` or `min`: which way a metric is better."
+    found = direction or {"highest": "max", "lowest": "min"}.get(_better(key), "")
+    if found not in ("max", "min"): raise LabError(f"direction={direction!r} for {key!r}: expected 'max' or 'min'" + (", because the name does not tell which is better" if not direction else ""))
+    return found
+
+def overlapping(a: tuple, b: tuple) -> bool:
+    "Whether two intervals (low, high) share a point."
+    return a[0] <= b[1] and b[0] <= a[1]
+
+def dots_finding(rows: dict,          # name -> one number a seed
+                 key: str,
+                 direction: str = "",
+                ) -> str:
+    "Which mean is best and whether its interval overlaps the others, in a line."
+    numbers = {name: np.array([_number(v) for v in values]) for name, values in rows.items()}
+    words, fit = metric_words(key), {name: t_interval(v) for name, v in numbers.items() if np.isfinite(v).all()}
+    if len(numbers) == 1 or not fit: return f"{words}: {len(numbers)} group{'s' * (len(numbers) > 1)}, nothing to compare"
+    which = direction or {"highest": "max", "lowest": "min"}.get(_better(key), "max")
+    ranked = sorted(fit, key=lambda name: float(fit[name][0]), reverse=which == "max")
+    best, (mean, half), lost = ranked[0], fit[ranked[0]], [name for name in numbers if name not in fit]
+    lead = f"{best} has the {'highest' if which == 'max' else 'lowest'} mean {words} ({mean:.4g})"
+    if len(ranked) > 1 and fit[ranked[1]][0] == mean: lead = f"{' and '.join(name for name in ranked if fit[name][0] == mean)} have the same mean {words} ({mean:.4g})"
+    if lost: return f"{lead}; not a number for {', '.join(lost)}"
+    single = [name for name, v in numbers.items() if len(v) == 1]
+    others = [name for name in ranked[1:] if name not in single]
+    if best in single or not others: return f"{lead}; n=1 for {', '.join(single)}, so no interval to judge by"
+    over = [name for name in others if overlapping((mean - half, mean + half), (fit[name][0] - fit[name][1], fit[name][0] + fit[name][1]))]
+    found = f"that of {over[0]}" if len(over) == 1 else f"those of {len(over)} of {len(others)} others" if over else "no other"
+    return f"{lead}; its interval overlaps {found}" + (f" (n=1, no interval: {', '.join(single)})" if single else "")
+
+# %% ../nbs/03_plots.ipynb #c041
+@_styled
+def interval_dots(rows: dict,      # name -> one number a seed; drawn in this order
+                  key: str,        # the metric, such as test/accuracy
+                  title: str = "", # the finding; empty is `dots_finding`
+                 ) -> Figure:
+    "One row a group: a dot a seed, mean and 95 % interval, n."
+    if not rows or not all(len(v) for v in rows.values()): raise LabError("interval_dots got no rows, or a row without seeds; give {name: [a number a seed]}")
+    numbers, unit = {name: np.array([_number(v) for v in values]) for name, values in rows.items()}, UNITS.get(key.split("/")[-1], "")
+    fig = Picture(figsize=(7.6, 1.1 + .55 * len(rows)), layout="constrained")
+    ax = fig.subplots()
+    for i, (name, values) in enumerate(numbers.items()):
+        colour, (mean, half) = COLOURS[i % len(COLOURS)], t_interval(values)
+        ax.plot(values, i + .16 + .2 * np.arange(len(values)) / len(values), "o", color=colour, alpha=.6, markersize=4, linestyle="none")  # side by side: equal seeds stay visible
+        if np.isfinite(half): ax.plot([mean - half, mean + half], [i, i], color=colour, linewidth=2.2, solid_capstyle="butt")
+        if np.isfinite(mean): ax.plot([mean], [i], "D", color=colour, markersize=6)
+        bad = int((~np.isfinite(values)).sum())
+        text = f"not a number in {bad} of {len(values)} seeds" if bad else f"{mean:.4g} [{mean - half:.4g}, {mean + half:.4g}]" if np.isfinite(half) else f"{mean:.4g}, no interval"
+        ax.annotate(text, (0, i), xytext=(1.02, i), textcoords=ax.get_yaxis_transform(), color=colour, va="center", annotation_clip=False)
+    ax.set(yticks=range(len(rows)), yticklabels=[f"{name} (n={len(v)})" for name, v in numbers.items()], ylim=(len(rows) - .5, -.5),
+           xlabel=f"{metric_words(key)}{f' ({unit})' if unit else ''}" + ("; dot: a seed, bar: 95 % interval of the mean" if any(len(v) > 1 for v in numbers.values()) else "; dot: the one seed"))
+    ax.grid(False, axis="y"), ax.tick_params(axis="y", length=0), ax.margins(x=.08)
+    ax.set_title("\n".join(textwrap.wrap(title or dots_finding(rows, key), 92)), loc="left")
+    return fig
+
+# %% ../nbs/03_plots.ipynb #c045
+def first_reach(lines: list[dict], # of a metrics.jsonl
+                key: str, target: float,
+                direction: str = "",
+               ) -> dict | None:
+    "The first line whose `key` is at the target or beyond; None if none is."
+    sign = 1 if direction_of(key, direction) == "max" else -1
+    return next((row for row in lines if key in row and sign * _number(row[key]) >= sign * target), None)
+
+def _reach_panel(ax, runs: dict, key: str, target: float, direction: str, x: str, words: str) -> None:
+    ends, medians = [], {}
+    for i, (name, seeds) in enumerate(runs.items()):
+        colour, last = COLOURS[i % len(COLOURS)], []
+        hits = [first_reach(rows, key, target, direction) for rows in seeds]
+        for rows, hit in zip(seeds, hits):
+            points = [(row[x], _number(row[key])) for row in rows if key in row and row.get(x) is not None]
+            if not points: continue
+            ax.plot(*zip(*points), color=colour, linewidth=1, alpha=.6)
+            last.append(points[-1])
+            if hit and hit.get(x) is not None: ax.plot([hit[x]], [_number(hit[key])], "o", color=colour, markersize=6)
+        if all(hit and hit.get(x) is not None for hit in hits): medians[name] = float(np.median([hit[x] for hit in hits]))
+        if ends_here := [p for p in last if math.isfinite(p[1])]: ends.append((name, max(p[0] for p in ends_here), float(np.mean([p[1] for p in ends_here])), colour))
+    ax.axhline(target, color="black", linestyle="--", linewidth=1)
+    ax.set(xlabel=words, ylabel=metric_words(key))
+    if ends: _label_ends(ax, ends)
+    least = min(medians.values(), default=math.nan)
+    first = " and ".join(name for name, m in medians.items() if m == least)
+    place = ("" if len(runs) == 1 else " are first" if list(medians.values()).count(least) > 1 else " is first") + ("" if len(medians) == len(runs) else " of the groups where every seed gets there")
+    ax.set_title("\n".join(textwrap.wrap(f"{words} not recorded" if not ends else f"{first}{place}: {least:,.4g} {words} (median)" if medians else "no group reaches it in every seed", 56)))
+
+@_styled
+def time_to_target(runs: dict,          # name -> list of runs' lines (core.read_metrics), one a seed
+                   key: str,            # such as val/accuracy
+                   target: float,
+                   direction: str = "", # max, min, or empty: told by the name
+                  ) -> Figure:
+    "A metric against steps and against CPU seconds, a line a seed, with a dot where it first reaches the target."
+    if not runs: raise LabError("time_to_target got no runs; give {name: [read_metrics(run), ...]}")
+    direction = direction_of(key, direction)
+    _check_recorded(runs, (key,))
+    fig = Picture(figsize=(9.2, 3.1), layout="constrained")
+    for ax, (x, words) in zip(fig.subplots(1, 2), (("step", "steps"), ("progress/train_cpu_seconds", "CPU seconds of training"))): _reach_panel(ax, runs, key, target, direction, x, words)
+    counts = ", ".join(f"{name} {sum(first_reach(rows, key, target, direction) is not None for rows in seeds)} of {len(seeds)}" for name, seeds in runs.items())
+    fig.suptitle("\n".join(textwrap.wrap(f"{metric_words(key)} {'at least' if direction == 'max' else 'at most'} {target:.4g}, seeds that reach it: {counts}", 110)))
+    return fig
+
+# %% ../nbs/03_plots.ipynb #c048
+def wilson(right,              # how many are right; a number or an array
+           n,                  # of how many
+           level: float = .95,
+          ) -> tuple:          # low and high
+    "Wilson's interval of a share; nothing observed leaves everything open."
+    from statistics import NormalDist
+    right, n = np.asarray(right, dtype=np.float64), np.asarray(n, dtype=np.float64)
+    if (right < 0).any() or (right > n).any(): raise LabError(f"{right} right of {n}; expected between 0 and all of them")
+    z2, some = NormalDist().inv_cdf((1 + level) / 2) ** 2, np.maximum(n, 1)
+    p = right / some
+    middle, half = (p + z2 / (2 * some)) / (1 + z2 / some), np.sqrt(z2 * (p * (1 - p) + z2 / (4 * some)) / some) / (1 + z2 / some)
+    return np.where(n > 0, np.clip(middle - half, 0, p), 0.), np.where(n > 0, np.clip(middle + half, p, 1), 1.)
+
+# %% ../nbs/03_plots.ipynb #c051
+@_styled
+def reliability_diagram(bins: dict,       # low, high, count, confidence, accuracy: a list each, as analysis.reliability gives them
+                        title: str = "",  # empty: the calibration error and what it means
+                       ) -> Figure:
+    "Accuracy against confidence, and how many images each bin has."
+    low, high, count, confidence, accuracy = (np.asarray(bins[k], dtype=np.float64) for k in ("low", "high", "count", "confidence", "accuracy"))
+    n, some = count.sum(), count > 0
+    if not n: raise LabError("reliability_diagram got no images; expected bins with at least one")
+    ece = float((count * np.abs(accuracy - confidence))[some].sum() / n)
+    says, right = (float((count * v)[some].sum() / n) for v in (confidence, accuracy))
+    least, most = wilson(round(right * n), n)
+    verdict = "neither over- nor under-confident beyond chance" if least <= says <= most else "over-confident" if says > right else "under-confident"
+    fig = Picture(figsize=(4.6, 4.4), layout="constrained")
+    top, bottom = fig.subplots(2, 1, sharex=True, height_ratios=(3, 1))
+    top.bar(low[some], accuracy[some], (high - low)[some], align="edge", color=COLOURS[0], alpha=.35, edgecolor=COLOURS[0])
+    edges = np.stack(wilson(np.round(accuracy * count)[some], count[some]))
+    top.vlines(confidence[some], *edges, color=COLOURS[0], linewidth=1), top.plot(confidence[some], accuracy[some], "o", color=COLOURS[0], markersize=4)
+    top.plot([0, 1], [0, 1], color="black", linewidth=1, linestyle="--")
+    top.set(ylabel="accuracy", xlim=(0, 1), ylim=(0, 1.02), title=title or f"calibration error (ECE) {ece:.3f}: {verdict};\nit says {100 * says:.1f} % on average and is right in {100 * right:.1f} %")
+    bottom.bar(low, count, high - low, align="edge", color="grey", alpha=.5)
+    for x, c in zip((low + high)[some] / 2, count[some]): bottom.annotate(f"{int(c):,}", (x, c), xytext=(0, 1), textcoords="offset points", ha="center", fontsize=6)
+    bottom.set(xlabel="confidence (probability of the answer given)", ylabel="images", yscale="log", ylim=(.7, 4 * count.max()))
+    bottom.grid(False)
+    return fig
+
+# %% ../nbs/03_plots.ipynb #c055
+@_styled
+def robustness_curves(runs: dict,              # name -> {kind: [accuracy, clean first]}, or a list of such, one a seed
+                      severities: list = None, # of the accuracies; None counts 0, 1, 2, ...
+                      title: str = "",
+                     ) -> Figure:
+    "Accuracy against severity, one panel a kind of corruption."
+    runs = {name: seeds if isinstance(seeds, list) else [seeds] for name, seeds in runs.items()}
+    kinds = list(dict.fromkeys(kind for seeds in runs.values() for results in seeds for kind in results))
+    if not kinds: raise LabError("robustness_curves got nothing to draw; give {name: {kind: [accuracy, clean first]}}")
+    x = list(range(max(len(v) for seeds in runs.values() for results in seeds for v in results.values()))) if severities is None else list(severities)
+    fig = Picture(figsize=(max(4.6, 3.3 * len(kinds)), 2.8 + .3 * bool(title)), layout="constrained")
+    axes = fig.subplots(1, len(kinds), sharey=True, squeeze=False)[0]
+    for ax, kind in zip(axes, kinds):
+        ends = []
+        for i, (name, seeds) in enumerate(runs.items()):
+            values = [[_number(v) for v in results[kind]] for results in seeds if kind in results]
+            if not values: continue
+            if any(len(v) != len(x) for v in values): raise LabError(f"{name}, {kind}: {', '.join(str(len(v)) for v in values)} accuracies; expected {len(x)}, clean first")
+            (mean, half), colour = t_interval(values), COLOURS[i % len(COLOURS)]
+            ax.plot(x, mean, "o-", markersize=3, color=colour)
+            if len(values) > 1: ax.fill_between(x, mean - half, mean + half, color=colour, alpha=.2, linewidth=0)
+            ends.append((f"{name} ({len(values)} seeds)" if len(values) > 1 else name, x[-1], mean[-1], colour, mean[0]))
+        band = any(len(seeds) > 1 for seeds in runs.values())
+        ax.set(xlabel="severity (band: 95 % interval)" if band else "severity", ylim=(0, 1.02), xticks=x)
+        name, _, value, _, clean = max(ends, key=lambda e: -1 if math.isnan(e[2]) else e[2])
+        ax.set_title(f"{kind}: {100 * clean:.1f} % become {100 * value:.1f} %" if len(runs) == 1 else f"{kind}: {100 * value:.1f} % at most,\n{name}")
+        if len(runs) > 1 and ax is axes[-1]: _label_ends(ax, [(label, at, 0. if math.isnan(end) else end, colour) for label, at, end, colour, _ in ends])
+    axes[0].set_ylabel("accuracy")
+    if title: fig.suptitle(title)
+    return fig
+
+# %% ../nbs/03_plots.ipynb #c059
+def _depth_colours(n: int) -> list: return [matplotlib.colormaps["viridis"](.85 * i / max(1, n - 1)) for i in range(n)]
+
+def _spread(n: int, most: int) -> list[int]: return sorted({round(i) for i in np.linspace(0, n - 1, min(n, most))})
+
+@_styled
+def layer_curves(history: dict,                # layer -> (steps, values), from the input to the output
+                 what: str = "gradient norm",  # on the axis
+                 title: str = "",              # empty: which layers end largest and smallest
+                ) -> Figure:
+    "One line a layer over training, coloured by depth."
+    lines = {name: (np.asarray(at, dtype=np.float64), np.array([_number(v) for v in values])) for name, (at, values) in history.items()}
+    lines = {name: (at, values) for name, (at, values) in lines.items() if np.isfinite(values).any()}
+    if not lines: raise LabError(f"layer_curves got no {what} to draw; give {{layer: (steps, values)}}, as analysis.layer_history reads them from a run that logged them")
+    fig = Picture(figsize=(6.4, 3.4), layout="constrained")
+    ax, colours, ends = fig.subplots(), _depth_colours(len(lines)), []
+    for colour, (name, (at, values)) in zip(colours, lines.items()):
+        finite = np.isfinite(values)
+        ax.plot(at, values, color=colour, linewidth=1.2, marker="o" if finite.sum() == 1 else None, markersize=3)
+        ends.append((name, at[finite][-1], values[finite][-1], colour))
+    drawn = np.concatenate([values[np.isfinite(values)] for _, values in lines.values()])
+    if drawn.min() > 0 and drawn.max() > 30 * drawn.min(): ax.set_yscale("log")
+    ax.set(xlabel="step", ylabel=what)
+    _label_ends(ax, ends if len(ends) <= 9 else [ends[i] for i in _spread(len(ends), 7)])
+    largest, smallest = (f(ends, key=lambda e: e[2]) for f in (max, min))
+    ax.set_title(title or (f"{what}: {largest[0]} ends largest at {largest[2]:.3g}, {smallest[0]} smallest at {smallest[2]:.3g}" if len(ends) > 1 else f"{what} of {largest[0]} ends at {largest[2]:.3g}"))
+    return fig
+
+# %% ../nbs/03_plots.ipynb #c063
+@_styled
+def layer_profile(values: dict,     # what -> {layer: number}, from the input to the output
+                  title: str = "",
+                 ) -> Figure:
+    "Numbers by layer, input at the top; one panel a quantity."
+    layers = list(dict.fromkeys(name for numbers in values.values() for name in numbers))
+    if not layers: raise LabError("layer_profile got nothing to draw; give {what: {layer: number}}")
+    fig = Picture(figsize=(2.2 + 2.7 * len(values), 1 + .19 * min(26, max(4, len(layers))) + .3 * bool(title)), layout="constrained")
+    axes = fig.subplots(1, len(values), sharey=True, squeeze=False)[0]
+    colours = _depth_colours(len(layers))
+    for ax, (what, numbers) in zip(axes, values.items()):
+        x = np.array([_number(numbers.get(name)) for name in layers])
+        if not np.isfinite(x).any(): raise LabError(f"layer_profile: no {what} is finite; expected at least one")
+        ax.plot(x, range(len(x)), color="grey", linewidth=.6), ax.scatter(x, range(len(x)), c=colours, s=14, zorder=3)
+        if np.nanmin(x) > 0 and np.nanmax(x) > 30 * np.nanmin(x): ax.set_xscale("log")
+        else: ax.set_xlim(left=min(0, np.nanmin(x)))
+        ax.set(xlabel=what, title=f"largest in {layers[np.nanargmax(x)]}")
+    named = _spread(len(layers), 26)
+    axes[0].set(yticks=named, ylim=(len(layers) - .5, -.5)), axes[0].set_yticklabels([layers[i] for i in named], fontsize=8)
+    if title: fig.suptitle(title)
+    return fig
+
+# %% ../nbs/03_plots.ipynb #c067
+@_styled
+def channel_grid(maps,            # [C, H, W], as analysis.channel_maps gives them
+                 image=None,      # what the network saw
+                 name: str = "",  # of the layer
+                 most: int = 64,
+                ) -> Figure:
+    "The channels' answers to one image, a small map each, on one colour scale."
+    maps = np.nan_to_num(_array(maps).astype(np.float64))
+    if maps.ndim != 3 or not maps.size: raise LabError(f"channel_grid got an array of shape {maps.shape}; expected [channels, height, width]")
+    strength, (n, h, w) = np.abs(maps).mean((1, 2)), maps.shape
+    shown = np.sort(np.argsort(-strength, kind="stable")[:most])
+    columns = min(len(shown), 8 if len(shown) <= 32 else 16)
+    rows, signed = math.ceil(len(shown) / columns), bool((maps < 0).any())
+    gap = max(1, round(.08 * w))
+    mosaic = np.full((rows * (h + gap) - gap, columns * (w + gap) - gap), np.nan)
+    for i, c in enumerate(shown): mosaic[(y := i // columns * (h + gap)):y + h, (x := i % columns * (w + gap)):x + w] = maps[c]
+    side = 5.6 / 16 if columns > 8 else .62  # inches a map is wide
+    fig = Picture(figsize=(1.6 * (image is not None) + side * columns + 1.4, max(1.7, side * h / w * rows) + .6), layout="constrained")
+    axes = fig.subplots(1, 2, width_ratios=(1.4, side * columns + .9)) if image is not None else [fig.subplots()]
+    scale = np.quantile(np.abs(maps), .999) or np.abs(maps).max() or 1.  # one outlier must not leave the rest dark
+    picture = axes[-1].imshow(mosaic, cmap="RdBu_r" if signed else "viridis", vmin=-scale if signed else 0, vmax=scale, interpolation="nearest")
+    fig.colorbar(picture, ax=axes[-1], label="output", shrink=.8)
+    axes[-1].set(xticks=[], yticks=[r * (h + gap) + h / 2 - .5 for r in range(rows)], yticklabels=[shown[r * columns] for r in range(rows)], ylabel="channel")
+    if image is not None: axes[0].imshow(as_pixels(image if image.ndim == 4 else image[None])[0], interpolation="nearest"), axes[0].set(xticks=[], yticks=[], title="input")
+    for ax in axes: ax.grid(False), ax.spines[:].set_visible(False), ax.tick_params(length=0)
+    silent, some = int((strength == 0).sum()), f", {len(shown)} shown" if len(shown) < n else ""
+    axes[-1].set_title(f"{name + ': ' if name else ''}{n} channels{some}, {silent or 'none'} silent; channel {strength.argmax()} answers most")
     return fig

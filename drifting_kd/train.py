@@ -14,7 +14,7 @@ from fastcore.basics import patch
 from torch import nn
 from .core import (Config, LabError, Run, atomic_write, choose_device, import_torchvision, mix, need, param, plain, read_json, seed_everything, unknown)
 from .data import Batches, Dataset, load_dataset, normalize, save_splits, splits_hash
-from .models import checkpoint_model, create_model, list_models, load_checkpoint, output_sizes, parameter_layers
+from .models import checkpoint_model, create_model, layer_names, list_models, load_checkpoint, output_sizes, parameter_layers
 from .track import start_tracker
 
 # %% auto #0
@@ -420,8 +420,9 @@ def norms_by_layer(self: Loop) -> dict:
     squares = (self.squares / self.count).tolist(), torch.stack(torch._foreach_norm([p.detach() for p in self.parameters])).square().tolist()
     at, line = 0, {}
     for layer, own in parameter_layers(self.model).items():
-        for kind, values in zip(("grad", "weight"), squares): line[f"train/{kind}_norm/{layer}"] = math.sqrt(sum(values[at:at + len(own)]))
-        at += len(own)
+        n = sum(p.requires_grad for p in own)
+        for kind, values in zip(("grad", "weight"), squares if n else ()): line[f"train/{kind}_norm/{layer}"] = math.sqrt(sum(values[at:at + n]))
+        at += n
     return line
 
 @patch
@@ -455,7 +456,7 @@ def inference_model(self: Loop) -> nn.Module: return self.ema.model if self.ema 
 def evaluate(self: Loop) -> bool:
     "Evaluate on validation, remember the best; True if it is time to stop."
     self.check_finite()  # logits that are not numbers cannot be scored
-    layers = list(parameter_layers(self.model)) if self.cfg.layer_norms else []
+    layers = [name for name in parameter_layers(self.model) if name in layer_names(self.model)] if self.cfg.layer_norms else []
     with undisturbed(self.inference_model) as model, self.autocast():
         with output_sizes(model, layers) as sizes: metrics = self.task.evaluate(model, "val")
         if self.rank == 0: self.task.preview(model, self.run)
