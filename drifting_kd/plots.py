@@ -16,7 +16,7 @@ __all__ = ['COLOURS', 'STYLE', 'WORDS', 'UNITS', 'LOWER', 'HIGHER', 'Picture', '
            'metric_words', 'plot_curves', 'as_pixels', 'image_grid', 'class_grid', 'confusion_matrix', 'mistakes',
            'speed_bars', 'direction_of', 'overlapping', 'dots_finding', 'interval_dots', 'first_reach',
            'time_to_target', 'wilson', 'reliability_diagram', 'robustness_curves', 'layer_curves', 'layer_profile',
-           'channel_grid']
+           'channel_grid', 'loss_slices', 'barrier_curves', 'loss_surface_plot', 'heatmap']
 
 # %% ../nbs/03_plots.ipynb #c005
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito: told apart by colour-blind readers
@@ -540,4 +540,112 @@ def channel_grid(maps,            # [C, H, W], as analysis.channel_maps gives th
     for ax in axes: ax.grid(False), ax.spines[:].set_visible(False), ax.tick_params(length=0)
     silent, some = int((strength == 0).sum()), f", {len(shown)} shown" if len(shown) < n else ""
     axes[-1].set_title(f"{name + ': ' if name else ''}{n} channels{some}, {silent or 'none'} silent; channel {strength.argmax()} answers most")
+    return fig
+
+# %% ../nbs/03_plots.ipynb #c071
+def _lines(ax, lines: dict, what: str, ratios: bool) -> dict:
+    "Draw {name: (x, y)} with the names at the ends; gives back what was drawn. A value that is not finite leaves a gap."
+    if not lines: raise LabError(f"{what} got nothing to draw; give {{name: (x, losses)}}")
+    drawn, ends = {}, []
+    for i, (name, (x, y)) in enumerate(lines.items()):
+        x, y = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
+        if x.shape != y.shape or x.ndim != 1 or len(x) < 2: raise LabError(f"{what}, {name}: {x.shape} places and {y.shape} losses; expected two lists of the same length, at least 2")
+        drawn[name] = x, np.where(np.isfinite(y), y, np.nan)
+        ax.plot(*drawn[name], color=COLOURS[i % len(COLOURS)], linestyle=("-", "--", ":")[i // len(COLOURS) % 3])
+        there = np.flatnonzero(np.isfinite(y))
+        if len(there): ends.append((name, x[there[-1]], y[there[-1]], COLOURS[i % len(COLOURS)]))
+    values = np.concatenate([y[np.isfinite(y)] for _, y in drawn.values()])
+    if ratios and len(values) and values.min() > 0 and values.max() > 30 * values.min(): ax.set_yscale("log")
+    _label_ends(ax, ends)
+    return drawn
+
+@_styled
+def loss_slices(slices: dict,    # name -> (steps, losses), as analysis.loss_slice gives them
+               ) -> Figure:
+    "Loss along a line through each solution; the title says which one rises least."
+    fig = Picture(figsize=(6, 3), layout="constrained")
+    ax = fig.subplots()
+    drawn = _lines(ax, slices, "loss_slices", ratios=True)
+    rises = {n: (y[0] + y[-1]) / 2 - y[np.abs(x).argmin()] for n, (x, y) in drawn.items()}
+    finite = {n: r for n, r in rises.items() if math.isfinite(r)}
+    flattest = min(finite, key=finite.get, default=None)
+    among = "rises least" if len(rises) > 1 else "rises"
+    ax.set_title(f"The loss of {flattest} {among}: by {finite[flattest]:.3g} at its ends" if finite else "No loss is finite at the ends and at the solution")
+    ax.axvline(0, color="black", linewidth=.6)
+    ax.set(xlabel="step (1: every filter moves by its own norm)", ylabel="loss")
+    return fig
+
+@_styled
+def barrier_curves(curves: dict,    # name -> (alphas, losses), as analysis.barrier gives them
+                  ) -> Figure:
+    "Loss on the way between two solutions, over the straight line between its ends; the title says where the barrier is highest."
+    fig = Picture(figsize=(6, 3), layout="constrained")
+    ax = fig.subplots()
+    drawn, barriers = _lines(ax, curves, "barrier_curves", ratios=False), {}  # a barrier is a difference: a logarithmic axis would hide its height
+    for i, (name, (x, y)) in enumerate(drawn.items()):
+        chord = y[0] + (x - x[0]) / (x[-1] - x[0]) * (y[-1] - y[0])
+        ax.plot(x, chord, color=COLOURS[i % len(COLOURS)], linewidth=.8, linestyle=":")
+        if math.isfinite(height := np.nanmax(y - chord) if np.isfinite(y - chord).any() else math.nan): barriers[name] = height
+    highest = max(barriers, key=barriers.get, default=None)
+    rest = [b for n, b in barriers.items() if n != highest]
+    ax.set_title((f"{highest}: a barrier of {barriers[highest]:.3g}" + (f", the others up to {max(rest):.3g}" if rest else "")) if barriers else "No loss is finite at both ends")
+    ax.set(xlabel="α (0: the first solution, 1: the second; dotted: no barrier)", ylabel="loss")
+    return fig
+
+# %% ../nbs/03_plots.ipynb #c074
+@_styled
+def loss_surface_plot(steps_a,        # [A] along the first direction
+                      steps_b,        # [B] along the second
+                      losses,         # [A, B], as analysis.loss_surface gives them
+                      title: str = "", # the finding; empty states the range
+                     ) -> Figure:
+    "Contours of the loss over two directions, the solution in the middle; levels are spaced by ratio where the loss spans more than a factor of ten."
+    steps_a, steps_b, losses = (np.asarray(v, dtype=np.float64) for v in (steps_a, steps_b, losses))
+    if losses.shape != (len(steps_a), len(steps_b)) or min(losses.shape) < 2: raise LabError(f"loss_surface_plot got losses {losses.shape} for {len(steps_a)} and {len(steps_b)} steps; expected [A, B], at least 2 each")
+    finite = losses[np.isfinite(losses)]
+    if not len(finite): raise LabError("loss_surface_plot: no loss is finite; take smaller steps")
+    low, high = finite.min(), finite.max()
+    ratio = low > 0 and high > 10 * low
+    if high <= low: high = low + 1e-6 * max(1., abs(low))  # a plain
+    levels = np.geomspace(low, high, 15) if ratio else np.linspace(low, high, 15)
+    fig = Picture(figsize=(5, 3.8), layout="constrained")
+    ax = fig.subplots()
+    grid = steps_a, steps_b, np.ma.masked_invalid(losses.T)
+    colours = ax.contourf(*grid, levels=levels, cmap="viridis", norm=matplotlib.colors.LogNorm(low, high) if ratio else None)
+    ax.contour(*grid, levels=levels, colors="white", linewidths=.4)
+    ax.plot(0, 0, marker="+", color="white", markersize=9)
+    fig.colorbar(colours, ax=ax, label="loss", format="%.3g")
+    ax.set(xlabel="step along the first direction", ylabel="step along the second", title=title or f"The loss spans {finite.min():.3g} to {finite.max():.3g}")
+    ax.grid(False)
+    return fig
+
+# %% ../nbs/03_plots.ipynb #c077
+@_styled
+def heatmap(matrix,            # [R, C]
+            rows: list,        # names
+            columns: list,
+            title: str,        # the finding
+            label: str = "",   # what the numbers are, with their unit
+            row_label: str = "",
+            column_label: str = "",
+            low: float | None = 0., # of the colours; None is the smallest number
+            high: float | None = 1.,
+           ) -> Figure:
+    "A matrix as colours, each with its number while they fit; what is not finite stays grey."
+    matrix = np.asarray(_array(matrix), dtype=np.float64)
+    if matrix.shape != (len(rows), len(columns)) or not matrix.size: raise LabError(f"heatmap got a matrix {matrix.shape} for {len(rows)} rows and {len(columns)} columns; expected one name each, at least 1")
+    finite = matrix[np.isfinite(matrix)]
+    low, high = (given if given is not None else float(of(finite)) if len(finite) else 0. for given, of in ((low, np.min), (high, np.max)))
+    fig = Picture(figsize=(min(8, 2.4 + .5 * len(columns)), min(8, 1.4 + .4 * len(rows))), layout="constrained")
+    ax = fig.subplots()
+    ax.set_facecolor("lightgrey")
+    picture = ax.imshow(np.ma.masked_invalid(matrix), cmap="Blues", vmin=low, vmax=high, aspect="auto")
+    ax.grid(False)
+    ax.set(xticks=range(len(columns)), yticks=range(len(rows)), xlabel=column_label, ylabel=row_label)
+    ax.set_xticklabels(columns, rotation=90 if max(len(str(c)) for c in columns) > 6 else 0), ax.set_yticklabels(rows)
+    if max(matrix.shape) <= 12:
+        digits = 2 if len(finite) and np.abs(finite).max() < 10 else 0
+        for i, j in zip(*np.nonzero(np.isfinite(matrix))): ax.text(j, i, f"{matrix[i, j]:.{digits}f}", ha="center", va="center", fontsize=8, color="white" if matrix[i, j] > (low + high) / 2 else "black")
+    fig.colorbar(picture, ax=ax, label=label)
+    fig.suptitle(title)
     return fig
