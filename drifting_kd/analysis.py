@@ -13,10 +13,20 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from .core import LabError, generator
-from .data import normalize
-from .models import BATCHNORMS, CONVOLUTIONS, BasicBlock, Bottleneck, ResNet, _resolve, activations, checkpoint_model, load_checkpoint, model_name
+from .core import LabError, Parameters, generator, param, unknown
+from .data import Batches, Split, normalize
+from .models import (BATCHNORMS, CONVOLUTIONS, BasicBlock, Bottleneck, Frozen, ResNet, _resolve, activations, checkpoint_model, layer_names, load_checkpoint, model_name, output_sizes,
+                                parameter_layers)
 from .train import undisturbed
+
+# %% auto #0
+__all__ = ['CORRUPTIONS', 'HISTORIES', 'KINDS', 'Solution', 'solution', 'Loss', 'loss_of', 'hessian_vector', 'Sharpness',
+           'sharpness', 'filter_normalized_direction', 'weights_kept', 'loss_surface', 'loss_slice', 'check_same_model',
+           'interpolate', 'reestimate_batchnorm', 'barrier', 'permutation_groups', 'permuted', 'weight_orders',
+           'match_weights', 'linear_cka', 'layer_features', 'cka_matrix', 'disagreement', 'disagreement_matrix',
+           'disagreement_between', 'judge_split', 'reliability', 'corrupt', 'robustness', 'weight_norms',
+           'gradient_norms', 'activation_rms', 'layer_history', 'maximise', 'channel_maps', 'pair_kinds', 'separation',
+           'SolutionsConfig']
 
 # %% ../nbs/08_analysis.ipynb #c005
 class Solution(NamedTuple):
@@ -417,34 +427,14 @@ def disagreement_between(groups: dict,     # optimiser -> a list of predictions,
         rows[one, two] = dict(mean=means[0], n=len(pairs), expected=means[1])
     return rows
 
-# %% ../nbs/08_analysis.ipynb #c053
-from __future__ import annotations
-import math
-from dataclasses import replace
-import numpy as np
-import torch
-from torch import nn
-from .core import LabError, generator, unknown
-from .data import Batches, Split
-from .models import Frozen, activations, output_sizes, layer_names, parameter_layers
-from .train import undisturbed
-
-# %% auto #0
-__all__ = ['CORRUPTIONS', 'HISTORIES', 'KINDS', 'Solution', 'solution', 'Loss', 'loss_of', 'hessian_vector', 'Sharpness',
-           'sharpness', 'filter_normalized_direction', 'weights_kept', 'loss_surface', 'loss_slice', 'check_same_model',
-           'interpolate', 'reestimate_batchnorm', 'barrier', 'permutation_groups', 'permuted', 'weight_orders',
-           'match_weights', 'linear_cka', 'layer_features', 'cka_matrix', 'disagreement', 'disagreement_matrix',
-           'disagreement_between', 'judge_split', 'reliability', 'corrupt', 'robustness', 'weight_norms',
-           'gradient_norms', 'activation_rms', 'layer_history', 'maximise', 'channel_maps', 'pair_kinds', 'separation']
-
-# %% ../nbs/08_analysis.ipynb #c058
+# %% ../nbs/08_analysis.ipynb #c057
 def judge_split(judge: Frozen, split: Split) -> tuple[np.ndarray, np.ndarray]:
     "Logits `[N, C]` and labels `[N]` of a split, in its order."
     if not len(split): raise LabError("the split has no images to judge; expected at least one (val_fraction=0 leaves none for validation)")
     with torch.no_grad(): logits = [judge(b.x) for b in Batches(split, 512, 0, augment=False, shuffle=False, drop_last=False, device=judge.device)]
     return torch.cat(logits).cpu().numpy(), split.labels.cpu().numpy()
 
-# %% ../nbs/08_analysis.ipynb #c061
+# %% ../nbs/08_analysis.ipynb #c060
 def reliability(probabilities,   # [N, C]
                 labels,          # [N]
                 bins: int = 15,  # of equal width
@@ -458,7 +448,7 @@ def reliability(probabilities,   # [N, C]
     mean = lambda x: np.divide(np.bincount(which, weights=x, minlength=bins), count, out=np.full(bins, np.nan), where=count > 0)
     return dict(low=edges[:-1], high=edges[1:], count=count, confidence=mean(confidence), accuracy=mean(correct))
 
-# %% ../nbs/08_analysis.ipynb #c065
+# %% ../nbs/08_analysis.ipynb #c064
 CORRUPTIONS = {"noise": (.04, .08, .12, .18, .26), "blur": (.5, 1., 1.5, 2., 3.), "contrast": (.75, .5, .4, .3, .15)}  # severities 1 to 5
 
 def _normals(index: torch.Tensor, values: int, seed: int) -> torch.Tensor:
@@ -474,7 +464,7 @@ def _blur_matrix(n: int, sigma: float) -> torch.Tensor:
     place = torch.where(place < n, place, 2 * n - 1 - place)
     return torch.zeros(n, n, dtype=torch.float64).scatter_add_(1, place, (weights / weights.sum()).expand(n, -1))
 
-# %% ../nbs/08_analysis.ipynb #c066
+# %% ../nbs/08_analysis.ipynb #c065
 def corrupt(images: torch.Tensor,  # uint8 [N, H, W, C]
             kind: str,             # noise, blur or contrast
             severity: int,         # 1 to 5; 0 is the image itself
@@ -498,7 +488,7 @@ def corrupt(images: torch.Tensor,  # uint8 [N, H, W, C]
         x = mean + strength * (x - mean)
     return x.round().clamp(0, 255).to(torch.uint8)
 
-# %% ../nbs/08_analysis.ipynb #c071
+# %% ../nbs/08_analysis.ipynb #c070
 def robustness(judge: Frozen,
                split: Split,
                kinds=tuple(CORRUPTIONS),
@@ -508,12 +498,12 @@ def robustness(judge: Frozen,
     "How accuracy falls under corruptions."
     def accuracy(kind: str, severity: int) -> float:
         damaged = split.images if not severity else torch.cat([corrupt(split.images[i:i + 512], kind, severity, seed, split.indices[i:i + 512]) for i in range(0, len(split), 512)])
-        logits, labels = judge_split(judge, replace(split, images=damaged, _cache={}))
+        logits, labels = judge_split(judge, dataclasses.replace(split, images=damaged, _cache={}))
         return float((logits.argmax(1) == labels).mean())
     clean = accuracy("", 0)
     return {kind: [clean, *(accuracy(kind, s) for s in severities)] for kind in kinds}
 
-# %% ../nbs/08_analysis.ipynb #c075
+# %% ../nbs/08_analysis.ipynb #c074
 def _layer_norms(tensors: dict[str, list[torch.Tensor]]) -> dict[str, float]:
     "The norm over each layer's tensors: one call for all, one wait for the device."
     norms = iter(torch.stack(torch._foreach_norm([t for own in tensors.values() for t in own])).double().cpu().tolist())
@@ -531,7 +521,7 @@ def gradient_norms(model: nn.Module) -> dict[str, float]:
     if not any(grads.values()): raise LabError("the model has no gradients; call backward first (and zero_grad afterwards)")
     return _layer_norms({name: own for name, own in grads.items() if own})
 
-# %% ../nbs/08_analysis.ipynb #c078
+# %% ../nbs/08_analysis.ipynb #c077
 def activation_rms(model: nn.Module | Frozen,
                    batches,                     # inputs: pixels for a `Frozen`, normalised for a module
                    layers: list | None = None,  # names; None is every layer that owns parameters
@@ -544,7 +534,7 @@ def activation_rms(model: nn.Module | Frozen,
     if silent := [name for name in layers if name not in sizes]: raise LabError(f"layer {silent[0]} gave no output; expected at least one batch of images, and layers that a pass goes through")
     return {name: math.sqrt(square / count) for name, (square, count) in zip(layers, torch.stack([sizes[name] for name in layers]).tolist())}
 
-# %% ../nbs/08_analysis.ipynb #c082
+# %% ../nbs/08_analysis.ipynb #c081
 HISTORIES = {"grad_norm": "train/grad_norm/", "weight_norm": "train/weight_norm/", "activation_rms": "val/activation_rms/"}
 
 def layer_history(lines: list[dict],  # of core.read_metrics
@@ -560,7 +550,7 @@ def layer_history(lines: list[dict],  # of core.read_metrics
             steps.append(line["step"]), values.append(math.nan if value is None else value)
     return {name: (np.array(steps), np.array(values, dtype=np.float64)) for name, (steps, values) in history.items()}
 
-# %% ../nbs/08_analysis.ipynb #c087
+# %% ../nbs/08_analysis.ipynb #c086
 def _waves(size: int) -> torch.Tensor:
     "One over the frequency of each wave of a real image, in cycles an image; the constant counts as one cycle."
     down, across = torch.fft.fftfreq(size, 1 / size)[:, None], torch.fft.rfftfreq(size, 1 / size)[None]
@@ -594,7 +584,7 @@ def maximise(judge: Frozen,
         with torch.no_grad(): spectrum += lr * size * up / length
     with torch.no_grad(): return image().cpu()
 
-# %% ../nbs/08_analysis.ipynb #c094
+# %% ../nbs/08_analysis.ipynb #c093
 def channel_maps(judge: Frozen,
                  image: torch.Tensor,  # one: [H, W, C] or [1, H, W, C] (or channels first); uint8, or floats in [0, 1]
                  layer: str,
@@ -605,7 +595,7 @@ def channel_maps(judge: Frozen,
     if len(maps) != 1 or maps.ndim != 4: raise LabError(f"layer {layer} gave an output of shape {tuple(maps.shape)}; expected one image, and a layer that has places, [1, channels, height, width]")
     return maps[0].cpu().numpy()
 
-# %% ../nbs/08_analysis.ipynb #c099
+# %% ../nbs/08_analysis.ipynb #c098
 KINDS = ("same group, other seed", "other group, other seed", "other group, same seed")
 
 def pair_kinds(groups: list, # of each run, such as its optimiser
@@ -636,3 +626,19 @@ def separation(distance: np.ndarray, # [n, n], symmetric
         for block in blocks: dealt[block] = g[rng.permutation(block)]
         extreme += gap(dealt) >= observed - 1e-12
     return found | dict(difference=observed, p=(extreme + 1) / (draws + 1))
+
+# %% ../nbs/08_analysis.ipynb #c103
+@dataclasses.dataclass
+class SolutionsConfig(Parameters):
+    "Which runs' networks are compared, and how thoroughly."
+    pattern: str = param("*", "names of finished runs, shell patterns separated by commas")
+    by: str = param("optimizer", "parameters that make a group, separated by commas")
+    data_root: str = param("", "folder with the data; empty is DKD_DATA, else data/")
+    device: str = param("auto", "auto, cpu, cuda, cuda:1 or mps")
+    threads: int = param(0, "CPU threads; 0 is one up to 16 pixels, else torch's own", low=0, high=1024)
+    images: int = param(1000, "images for sharpness and BatchNorm (training), barriers, CKA and damage (test)", low=10)
+    iterations: int = param(20, "Hessian-vector products for the sharpness of a run", low=1, high=1000)
+    points: int = param(5, "places on the line between two networks, ends included", low=3, high=101)
+    pairs: int = param(4, "pairs of runs of each kind whose line is walked", low=1, high=1000)
+    seed: int = param(0, "seed of directions and permutation tests", low=0)
+    name: str = param("solutions", "file stem in figures")

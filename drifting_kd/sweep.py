@@ -228,7 +228,7 @@ def choose(study: dict) -> dict[str, dict]:
         scores = [score(study, r) for r in mine]
         if all(math.isnan(s) for s in scores): raise LabError(f"no trial of {name} finished; look into {runs_folder() / 'notebooks'}, and correct its search space")
         best = max(range(len(mine)), key=lambda i: -math.inf if math.isnan(scores[i]) else sign * scores[i])
-        extreme = [key for key in candidate["search"] if mine[best][key] in (min(r[key] for r in mine), max(r[key] for r in mine))]
+        extreme = [key for key in candidate["search"] if len(mine) > 1 and mine[best][key] in (min(r[key] for r in mine), max(r[key] for r in mine))]
         chosen[name] = dict(parameters={k: v for k, v in mine[best].items() if k not in ("seed", "run_name")}, trial=best + 1, at_the_end_of_what_was_tried=extreme,
                             trials=[{k: r[k] for k in candidate["search"]} | {"score": s} for r, s in zip(mine, scores)])
     return chosen

@@ -21,7 +21,7 @@ from .track import start_tracker
 __all__ = ['OPTIMIZERS', 'TrainConfig', 'optimizer_class', 'optimizer_settings', 'make_optimizer', 'check_optimizer', 'lr_at',
            'expected_calibration_error', 'classification_metrics', 'Task', 'Classify', 'EMA', 'undisturbed',
            'GlobalBatchNorm', 'globalize_batchnorm', 'random_state', 'set_random_state', 'save_checkpoint', 'NotFinite',
-           'Loop', 'fit', 'open_run', 'prepare', 'classifier']
+           'Loop', 'fit', 'open_run', 'use_threads', 'prepare', 'classifier']
 
 # %% ../nbs/07_train.ipynb #c005
 @dataclass
@@ -695,6 +695,10 @@ def open_run(cfg: TrainConfig, kind: str = "train") -> Run:
 # %% ../nbs/07_train.ipynb #c056
 _THREADS = torch.get_num_threads()  # torch's own choice, before anybody changed it
 
+def use_threads(threads: int, image_size: int) -> None:
+    "CPU threads as asked; 0 is one for tiny images, where more only wait for each other, else torch's own choice."
+    torch.set_num_threads(threads or (1 if image_size <= 16 else _THREADS))
+
 def prepare(cfg: TrainConfig) -> Dataset:
     "Seeds, threads and data of a run; refuses what cannot work before anything is written."
     choose_device(cfg.device)
@@ -703,7 +707,7 @@ def prepare(cfg: TrainConfig) -> Dataset:
     seed_everything(cfg.seed, cfg.deterministic)
     if cfg.model not in list_models(): raise unknown("model", cfg.model, list_models())
     data = load_dataset(cfg.dataset, cfg.data_root, cfg.image_size, cfg.val_fraction, cfg.split_seed, cfg.limit, cfg.normalization)
-    torch.set_num_threads(cfg.threads or (1 if data.image_size <= 16 else _THREADS))  # on tiny images more threads only wait for each other
+    use_threads(cfg.threads, data.image_size)
     if cfg.batch_size > len(data.train.labels): raise LabError(f"batch_size={cfg.batch_size} is larger than the {len(data.train.labels)} training images; use at most that")
     total = cfg.steps or cfg.epochs * math.ceil(len(data.train.labels) // cfg.batch_size / cfg.accumulation)
     if cfg.patience and not len(data.val.labels): raise LabError("patience needs validation images; use val_fraction above 0, or patience=0")
