@@ -13,7 +13,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from .core import LabError, Parameters, generator, param, unknown
+from .core import LabError, Parameters, check_run_name, generator, param, unknown
 from .data import Batches, Split, normalize
 from .models import (BATCHNORMS, CONVOLUTIONS, BasicBlock, Bottleneck, Frozen, ResNet, _resolve, activations, checkpoint_model, layer_names, load_checkpoint, model_name, output_sizes,
                                 parameter_layers)
@@ -69,7 +69,7 @@ class Loss:
         for out, y in self.outputs(model): yield self.of(out, y) * (len(y) / n)
 
     def __call__(self, model: nn.Module) -> float:
-        with undisturbed(model), torch.no_grad(): return float(sum(part.double() for part in self.parts(model)))
+        with undisturbed(model), torch.no_grad(): return float(sum(part.cpu().double() for part in self.parts(model)))
 
     def predictions(self, model: nn.Module) -> torch.Tensor:
         "The most probable class of every image, on the CPU."
@@ -153,7 +153,7 @@ def filter_normalized_direction(model: nn.Module,
             direction[name] = torch.zeros_like(p.detach())
             continue
         d = torch.randn(p.shape, generator=draw, dtype=torch.float64)
-        w = p.detach().double().cpu()
+        w = p.detach().cpu().double()
         norms = [t.flatten(1).norm(dim=1).view(-1, *[1] * (p.ndim - 1)) for t in (d, w)]
         direction[name] = (d / norms[0] * norms[1]).to(p)
     return direction
@@ -361,7 +361,7 @@ def linear_cka(x: torch.Tensor, # [N, D]
               ) -> float:
     "Similarity of two representations, 0 to 1; nan where one is constant. Use several times more images than features."
     if x.ndim != 2 or y.ndim != 2 or len(x) != len(y) or len(x) < 2: raise LabError(f"features {tuple(x.shape)} and {tuple(y.shape)}: expected [N, D] and [N, E] of the same inputs, at least 2")
-    x, y = (f.detach().double() - f.detach().double().mean(0) for f in (x, y.to(x.device)))
+    x, y = (f - f.mean(0) for f in (x.detach().cpu().double(), y.detach().cpu().double()))  # not every device has float64
     def shared(p, q):
         n, d, e = len(p), p.shape[1], q.shape[1]
         return float(((p @ p.T) * (q @ q.T)).sum() if n * (d + e) < d * e else (p.T @ q).square().sum())
@@ -506,7 +506,7 @@ def robustness(judge: Frozen,
 # %% ../nbs/08_analysis.ipynb #c074
 def _layer_norms(tensors: dict[str, list[torch.Tensor]]) -> dict[str, float]:
     "The norm over each layer's tensors: one call for all, one wait for the device."
-    norms = iter(torch.stack(torch._foreach_norm([t for own in tensors.values() for t in own])).double().cpu().tolist())
+    norms = iter(torch.stack(torch._foreach_norm([t for own in tensors.values() for t in own])).cpu().tolist())
     return {name: math.hypot(*(next(norms) for _ in own)) for name, own in tensors.items()}
 
 @torch.no_grad()
@@ -610,7 +610,7 @@ def separation(distance: np.ndarray, # [n, n], symmetric
                groups: list, seeds: list,
                draws: int = 9_999,   # of the permutation test
                seed: int = 0) -> dict:
-    "Mean distance and number of pairs of each kind, and whether other groups are further away than other seeds: difference and one-sided permutation p."
+    "Mean distance and number of pairs of each kind, and whether other groups are further away than other seeds: difference, one-sided permutation p, and the least p that so few runs can give."
     distance, g, s = np.asarray(distance, np.float64), np.asarray(groups), np.asarray(seeds)
     if distance.shape != (len(g), len(g)) or len(g) != len(s): raise LabError(f"distances {distance.shape} for {len(g)} groups and {len(s)} seeds; expected a square matrix, a row a run")
     upper = np.triu(np.ones_like(distance, bool), 1)
@@ -620,12 +620,14 @@ def separation(distance: np.ndarray, # [n, n], symmetric
     found = {kind: dict(mean=mean(g, kind), pairs=int(((pair_kinds(g, s) == kind) & upper).sum())) for kind in KINDS}
     gap = lambda labels: mean(labels, KINDS[1]) - mean(labels, KINDS[0])
     blocks, rng, extreme, observed = [np.flatnonzero(s == v) for v in np.unique(s)], np.random.default_rng(seed), 0, gap(g)
-    if math.isnan(observed) or not draws: return found | dict(difference=observed, p=math.nan)
+    ways = [math.factorial(len(b)) // math.prod(math.factorial(int(n)) for n in np.unique(g[b], return_counts=True)[1]) for b in blocks]
+    floor = max(ways) / math.prod(ways)  # renaming the groups alike in every block changes nothing
+    if math.isnan(observed) or not draws: return found | dict(difference=observed, p=math.nan, least_p=floor)
     for _ in range(draws):
         dealt = g.copy()
         for block in blocks: dealt[block] = g[rng.permutation(block)]
         extreme += gap(dealt) >= observed - 1e-12
-    return found | dict(difference=observed, p=(extreme + 1) / (draws + 1))
+    return found | dict(difference=observed, p=(extreme + 1) / (draws + 1), least_p=floor)
 
 # %% ../nbs/08_analysis.ipynb #c103
 @dataclasses.dataclass
@@ -642,3 +644,7 @@ class SolutionsConfig(Parameters):
     pairs: int = param(4, "pairs of runs of each kind whose line is walked", low=1, high=1000)
     seed: int = param(0, "seed of directions and permutation tests", low=0)
     name: str = param("solutions", "file stem in figures")
+
+    def __post_init__(self):
+        super().__post_init__()
+        check_run_name(self.name, "name", "files go to figures/")

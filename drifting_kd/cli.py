@@ -181,11 +181,13 @@ def compare_command(args) -> int:
     study = load_study(args.study)
     notebook, report = find_notebook(study["notebook"]), find_notebook("report")
     for run in trials(study): parameters(notebook, run, [])
+    for name in study["by"].replace(",", " ").split():
+        if name not in declared(notebook): raise unknown("parameter in by", name, declared(notebook))
     if args.dry_run: return _list(trials(study), notebook)
     chosen = compare(study, args.workers)
     pattern = ",".join(f"{study['name']}-{name}-s{seed}" for name in study["candidates"] for seed in study["seeds"])
     output = runs_folder() / "notebooks" / f"{study['name']}-report.ipynb"
-    execute(report, parameters(report, dict(pattern=pattern, by=study["by"], name=study["name"]), []), output)
+    execute(report, parameters(report, dict(pattern=pattern, by=study["by"], name=study["name"], unfinished="skip"), []), output)
     print(f"tuning    {_show(chosen)}\nreport    {_show(output)}")
     return 0
 

@@ -233,9 +233,10 @@ class Config(Parameters):
     def hash(self) -> str:
         return hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()[:16]
 
-def check_run_name(name: str) -> None:
+def check_run_name(name: str, field: str = "run_name", why: str = "a run stays inside runs/") -> None:
+    "Refuse what is not the plain name of a file or folder."
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._+=-]{0,150}", name):
-        raise LabError(f"run_name={name!r}: expected letters, digits and . _ + = - only (no folders: a run stays inside runs/)")
+        raise LabError(f"{field}={name!r}: expected letters, digits and . _ + = - only (no folders: {why})")
 
 # %% ../nbs/00_core.ipynb #c037
 _LITERALS = (bool, int, float, str, list, tuple, dict, type(None))

@@ -379,12 +379,12 @@ def time_to_target(runs: dict,          # name -> list of runs' lines (core.read
                    target: float,
                    direction: str = "", # max, min, or empty: told by the name
                   ) -> Figure:
-    "A metric against steps and against CPU seconds, a line a seed, with a dot where it first reaches the target."
+    "A metric against steps and against CPU seconds since the start (evaluations included), a line a seed, with a dot where it first reaches the target."
     if not runs: raise LabError("time_to_target got no runs; give {name: [read_metrics(run), ...]}")
     direction = direction_of(key, direction)
     _check_recorded(runs, (key,))
     fig = Picture(figsize=(9.2, 3.1), layout="constrained")
-    for ax, (x, words) in zip(fig.subplots(1, 2), (("step", "steps"), ("progress/train_cpu_seconds", "CPU seconds of training"))): _reach_panel(ax, runs, key, target, direction, x, words)
+    for ax, (x, words) in zip(fig.subplots(1, 2), (("step", "steps"), ("progress/train_cpu_seconds", "CPU seconds (evaluations included)"))): _reach_panel(ax, runs, key, target, direction, x, words)
     counts = ", ".join(f"{name} {sum(first_reach(rows, key, target, direction) is not None for rows in seeds)} of {len(seeds)}" for name, seeds in runs.items())
     fig.suptitle("\n".join(textwrap.wrap(f"{metric_words(key)} {'at least' if direction == 'max' else 'at most'} {target:.4g}, seeds that reach it: {counts}", 110)))
     return fig

@@ -4,11 +4,11 @@
 
 # %% ../nbs/09_report.ipynb #c002
 from __future__ import annotations
-import fnmatch, functools, itertools, json, math, re
+import fnmatch, functools, itertools, json, math, re, zipfile
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np
-from .core import Config, LabError, Parameters, git_state, param, project_root, read_json, read_metrics, run_state, runs_folder, unknown, write_json
+from .core import Config, LabError, Parameters, check_run_name, git_state, param, project_root, read_json, read_metrics, run_state, runs_folder, unknown, write_json
 from .plots import direction_of, first_reach, metric_words, overlapping, save_figure, t_interval
 
 # %% auto #0
@@ -43,7 +43,7 @@ def read_record(path: Path) -> Record:
     if (path / "splits.npz").exists():
         try:
             with np.load(path / "splits.npz") as f: data = {k: str(f[k]) for k in ("hash", "sha256") if k in f} | {k: len(f[k]) for k in ("train", "val", "test") if k in f}
-        except (OSError, ValueError, EOFError): raise LabError(f"{path / 'splits.npz'} is not readable; restore it, or leave run {path.name} out") from None
+        except (OSError, ValueError, EOFError, zipfile.BadZipFile): raise LabError(f"{path / 'splits.npz'} is not readable; restore it, or leave run {path.name} out") from None
     return Record(path.name, path, *(read_json(path / f"{n}.json") for n in ("config", "metrics", "environment")), data)
 
 def split_words(text) -> list[str]:
@@ -74,7 +74,7 @@ def find_runs(pattern: str | list,        # shell patterns of run names, several
     return found
 
 # %% ../nbs/09_report.ipynb #c012
-NOT_SETTINGS = {*Config.NOT_COMPARED, "seed", "device", "threads", "hash", "schema"}
+NOT_SETTINGS = {*Config.NOT_COMPARED, "layer_norms", "seed", "device", "threads", "hash", "schema"}
 ABSENT = "(absent)"
 
 def _as_text(value) -> str: return json.dumps(value, sort_keys=True)
@@ -122,7 +122,7 @@ COUNTED = ("num_samples", "n")
 def conditions(record: Record, key: str) -> dict:
     "What must be the same for two values of `key` to be comparable."
     part = key.split("/")[0]
-    found = {"data set": record.config.get("dataset", ABSENT), "sha256 of the data": record.data.get("sha256", ABSENT), "limit": record.config.get("limit", ABSENT), "split": record.data.get("hash", ABSENT)}
+    found = {"data set": record.config.get("dataset", ABSENT), "sha256 of the data": record.data.get("sha256", ABSENT), "image_size": record.config.get("image_size", ABSENT), "limit": record.config.get("limit", ABSENT), "split": record.data.get("hash", ABSENT)}
     if part in ("val", "test"): found[f"number of {part} images"] = record.data.get(part, ABSENT)
     if part != "train": found |= {k: v for k, v in (record.config | record.summary).items() if k.split("/")[-1] in (*JUDGED_BY, *COUNTED)}
     return found
@@ -227,6 +227,7 @@ def paired_table(groups: dict, key: str,
     columns = ["group", "reference", "metric", "pairs", "difference", "low", "high", "p_t", "p_t_holm", "p_flip", "p_flip_holm", "unpaired"]
     table = pd.DataFrame([paired(groups, key, label, reference) for label in groups if label != reference], columns=columns)
     for test in ("p_t", "p_flip"): table[f"{test}_holm"] = holm(table[test])
+    table["tests"] = int(table["p_flip"].notna().sum())
     return table
 
 # %% ../nbs/09_report.ipynb #c029
@@ -286,7 +287,7 @@ def describe_pair(row) -> str:
     who = f"{row['group']} minus {row['reference']}, {metric_words(row['metric'])}"
     if row["pairs"] < 2: return f"{who}: {row['pairs']} seed{'' if row['pairs'] == 1 else 's'} in common, so nothing can be tested."
     if math.isnan(row["difference"]): return f"{who}: a value is not a number, so nothing can be tested."
-    floor = 2 / 2 ** row["pairs"]
+    floor = min(1., row["tests"] * 2 / 2 ** row["pairs"])  # Holm multiplies the smallest by the number of comparisons
     numbers = f"{who}: {row['difference']:+.4g}" + (f" [{row['low']:+.4g}, {row['high']:+.4g}]" if not math.isnan(row["low"]) else "") + f" over {row['pairs']} pairs, t-test p {_p_text(row['p_t'])} (Holm {_p_text(row['p_t_holm'])}), sign flips p {_p_text(row['p_flip'])} (Holm {_p_text(row['p_flip_holm'])})"
     cannot = f" (with {row['pairs']} pairs they cannot: their p is at least {floor:.3g})" if floor >= .05 else ""
     by_t, by_flip = row["p_t_holm"] < .05, row["p_flip_holm"] < .05  # nan is not below
@@ -351,5 +352,5 @@ class ReportConfig(Parameters):
 
     def __post_init__(self):
         super().__post_init__()
-        if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,100}", self.name): raise LabError(f"name={self.name!r}: expected letters, digits and . _ - only (files go to figures/)")
+        check_run_name(self.name, "name", "files go to figures/")
         if not split_words(self.keys): raise LabError(f"keys={self.keys!r}: expected at least one metric, such as test/accuracy")

@@ -10,8 +10,8 @@ from pathlib import Path
 from .core import LabError, check_run_name, project_root, read_json, run_state, runs_folder, unknown, write_json
 
 # %% auto #0
-__all__ = ['load_yaml', 'load_matrix', 'expand', 'finished', 'run_sweep', 'halton', 'load_study', 'trials', 'score', 'choose',
-           'finals', 'compare']
+__all__ = ['load_yaml', 'load_matrix', 'expand', 'finished', 'diverged', 'run_sweep', 'halton', 'load_study', 'trials', 'score',
+           'choose', 'finals', 'compare']
 
 # %% ../nbs/16_sweep.ipynb #c005
 _EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+|[-+]?\.\d+[eE][-+]?\d+")  # the numbers that YAML 1.1 takes for text
@@ -127,6 +127,10 @@ def finished(run: dict, # all its parameters
         raise LabError(f"run {path.name} is finished with other parameters: {'; '.join(other)}; delete {path}, or use another name")
     return True
 
+def diverged(run: dict) -> bool:
+    "Whether this run ended in a loss that is not finite; it would again."
+    return (runs_folder() / run["run_name"] / "diverged.json").exists()
+
 def _text(value) -> str: return ",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
 
 def _run_one(run: dict, notebook: str, threads: int) -> str:
@@ -145,9 +149,10 @@ def run_sweep(runs: list[dict],          # from expand
               workers: int = 1,          # runs at a time on this machine; they share its cores
              ) -> dict[str, str]:        # the runs that failed, and why
     "Every run once, `workers` at a time."
-    todo, began, done = [r for r in runs if not finished(r)], time.time(), []
+    todo, began, done = [r for r in runs if not finished(r) and not diverged(r)], time.time(), []
     if workers < 1: raise LabError(f"workers={workers}: expected at least 1")
-    print(f"{len(runs)} runs, {len(runs) - len(todo)} of them finished before", flush=True)
+    lost = {r["run_name"]: "the loss was not finite" for r in runs if r not in todo and diverged(r) and not finished(r)}
+    print(f"{len(runs)} runs, {len(runs) - len(todo) - len(lost)} of them finished before" + (f", {len(lost)} diverged before" if lost else ""), flush=True)
     def one(run):
         failed = _run_one(run, notebook, max(1, (os.cpu_count() or 1) // workers))
         done.append(run)
@@ -155,7 +160,7 @@ def run_sweep(runs: list[dict],          # from expand
         print(f"{len(done)}/{len(todo)} {run['run_name']} {failed or 'finished'}; about {left / 60:.0f} min left", flush=True)
         return run["run_name"], failed
     with ThreadPoolExecutor(workers) as pool:
-        try: return {name: failed for name, failed in pool.map(one, todo) if failed}
+        try: return lost | {name: failed for name, failed in pool.map(one, todo) if failed}
         except KeyboardInterrupt:  # the children got it, too, and stop by themselves
             pool.shutdown(wait=False, cancel_futures=True)
             raise
@@ -176,10 +181,11 @@ _STUDY, _PRIMES = ("notebook", "base", "candidates", "trials", "select", "mode",
 
 def _check_candidate(name: str, candidate, base: dict) -> None:
     space = candidate.get("search") if isinstance(candidate, dict) else None
+    if own := {"seed", "run_name"} & set(candidate if isinstance(candidate, dict) else ()): raise LabError(f"candidate {name}: {', '.join(sorted(own))} is the study's own; remove it")
     if not isinstance(space, dict) or not 1 <= len(space) <= len(_PRIMES): raise LabError(f"candidate {name}: expected parameters and `search: {{name: [low, high]}}` with one to {len(_PRIMES)} names")
     for key, limits in space.items():
-        if not (isinstance(limits, list) and len(limits) == 2 and all(isinstance(v, (int, float)) for v in limits) and 0 < limits[0] < limits[1]):
-            raise LabError(f"candidate {name}: {key}: {limits!r}: expected [low, high] with 0 < low < high, searched on a logarithmic scale")
+        if not (isinstance(limits, list) and len(limits) == 2 and all(isinstance(v, (int, float)) for v in limits) and 0 < limits[0] and 1.05 * limits[0] < limits[1] < math.inf):
+            raise LabError(f"candidate {name}: {key}: {limits!r}: expected [low, high] with 0 < low and high larger by at least 5 %, searched on a logarithmic scale")
         if key in candidate or key in base: raise LabError(f"candidate {name}: {key} is both searched and given; keep one")
 
 def load_study(path: str | Path) -> dict:
@@ -189,13 +195,16 @@ def load_study(path: str | Path) -> dict:
         if key not in _STUDY: raise unknown("key of a study", key, _STUDY)
     study = dict(notebook="train", base={}, mode="max", tuning_seed=100, by="optimizer", name=Path(path).stem) | study
     try:
+        for key, kind, word in (("base", dict, "a mapping"), ("notebook", str, "text"), ("by", str, "text"), ("tuning_seed", int, "a whole number"), ("candidates", dict, "`name: {parameters, search}`")):
+            if key in study and not isinstance(study[key], kind): raise LabError(f"{key}={study[key]!r}: expected {word}")
         if missing := [k for k in ("candidates", "trials", "select", "seeds") if not study.get(k)]: raise LabError(f"{', '.join(missing)} missing; a study needs candidates, trials, select and seeds")
-        if not isinstance(study["candidates"], dict): raise LabError("candidates: expected `name: {parameters, search}`")
         for name, candidate in study["candidates"].items(): _check_candidate(name, candidate, study["base"])
         if not isinstance(study["trials"], int) or study["trials"] < 1: raise LabError(f"trials={study['trials']!r}: expected a whole number of at least 1")
-        if not isinstance(study["seeds"], list) or study["tuning_seed"] in study["seeds"] or len(set(study["seeds"])) < len(study["seeds"]): raise LabError(f"seeds={study['seeds']!r}: expected a list of different seeds without tuning_seed ({study['tuning_seed']}), which has been selected on")
+        if not isinstance(study["seeds"], list) or not all(isinstance(s, int) for s in study["seeds"]) or study["tuning_seed"] in study["seeds"] or len(set(study["seeds"])) < len(study["seeds"]): raise LabError(f"seeds={study['seeds']!r}: expected a list of different seeds without tuning_seed ({study['tuning_seed']}), which has been selected on")
         if not str(study["select"]).startswith("val/"): raise LabError(f"select={study['select']!r}: selection sees validation only; expected a metric val/...")
         if study["mode"] not in ("max", "min"): raise unknown("mode", study["mode"], ("max", "min"))
+        marks = [json.dumps([c.get(k) for k in study["by"].replace(",", " ").split()]) for c in study["candidates"].values()]
+        if len(set(marks)) < len(marks): raise LabError(f"by={study['by']!r}: candidates do not differ in it, so the report could not tell them apart; name the parameters that do, separated by commas")
         if {"seed", "run_name"} & set(study["base"]): raise LabError("base: seed and run_name are the study's own; remove them")
     except LabError as e: raise LabError(f"{path}: {e}") from None
     return study
@@ -237,15 +246,22 @@ def finals(study: dict, chosen: dict) -> list[dict]:
     "The runs that count: each candidate's choice with every seed."
     return [chosen[name]["parameters"] | dict(seed=seed, run_name=f"{study['name']}-{name}-s{seed}") for name in study["candidates"] for seed in study["seeds"]]
 
+def _run_all(runs: list[dict], study: dict, workers: int) -> list[str]:
+    "Run; the names of those that diverged, which is a result. Any other failure is an error."
+    failed = run_sweep(runs, study["notebook"], workers)
+    lost = [r["run_name"] for r in runs if r["run_name"] in failed and diverged(r)]
+    if broken := {n: why for n, why in failed.items() if n not in lost}: raise LabError(f"{len(broken)} of {len(runs)} runs failed: {'; '.join(f'{n}: {why}' for n, why in broken.items())}; give the command again to continue")
+    return lost
+
 def compare(study: dict, workers: int = 1) -> Path:
     "Tune, choose, run the seeds; returns the JSON that says what was chosen from what. Can be repeated until everything is there."
-    failed = run_sweep(trials(study), study["notebook"], workers)
-    if broken := {n: why for n, why in failed.items() if "not finite" not in why}: raise LabError(f"{len(broken)} trials failed: {'; '.join(f'{n}: {why}' for n, why in broken.items())}; mend that and give the command again")
+    _run_all(trials(study), study, workers)
     chosen, path = choose(study), runs_folder() / f"{study['name']}.json"
     write_json(path, dict(study=study, chosen=chosen))
     for name, c in chosen.items():
         values = ", ".join(f"{k}={c['parameters'][k]:g}" for k in study["candidates"][name]["search"])
         edge = f"; {', '.join(c['at_the_end_of_what_was_tried'])} at the end of what was tried" if c["at_the_end_of_what_was_tried"] else ""
         print(f"{name}: trial {c['trial']}, {values}, {study['select']} {c['trials'][c['trial'] - 1]['score']:.4f}{edge}", flush=True)
-    if failed := run_sweep(finals(study, chosen), study["notebook"], workers): raise LabError(f"{len(failed)} runs failed: {'; '.join(f'{n}: {why}' for n, why in failed.items())}; give the command again to continue")
+    if lost := _run_all(finals(study, chosen), study, workers): print(f"diverged, so its group has fewer seeds: {', '.join(lost)}", flush=True)
+    write_json(path, dict(study=study, chosen=chosen, diverged=lost))
     return path

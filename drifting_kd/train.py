@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import nn
-from .core import (Config, LabError, Run, atomic_write, choose_device, import_torchvision, mix, need, param, plain, read_json, seed_everything, unknown)
+from .core import (Config, LabError, Run, atomic_write, choose_device, import_torchvision, mix, need, param, plain, read_json, seed_everything, unknown, write_json)
 from .data import Batches, Dataset, load_dataset, normalize, save_splits, splits_hash
-from .models import checkpoint_model, create_model, layer_names, list_models, load_checkpoint, output_sizes, parameter_layers
+from .models import create_model, layer_names, list_models, load_checkpoint, output_sizes, parameter_layers
 from .track import start_tracker
 
 # %% auto #0
@@ -65,6 +65,8 @@ class TrainConfig(Config):
     layer_norms: bool = param(False, "log the norms of each layer's gradient, weights and activations")
     save_every: int = param(0, "epochs between checkpoints; 0 is one (with steps: eval_every)", low=0)
     keep_last: int = param(2, "how many numbered checkpoints to keep", low=0)
+
+    NOT_COMPARED = (*Config.NOT_COMPARED, "layer_norms")  # it only looks
 
     def __post_init__(self):
         super().__post_init__()
@@ -380,7 +382,7 @@ def train_step(self: Loop, group: list) -> None:
     if cfg.layer_norms and len(grads) < len(self.parameters): grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
     norms = torch.stack(torch._foreach_norm(grads))
     norm = torch.linalg.vector_norm(norms)  # torch's get_total_norm moves every tensor's norm by itself: 1 % of a small step
-    if cfg.layer_norms: self.squares = self.squares + norms.square()
+    if cfg.layer_norms: self.squares = self.squares + torch.where(torch.isfinite(norm), norms.square(), 0.0)  # fp16 skips steps whose gradient overflowed
     if cfg.grad_clip: torch.nn.utils.clip_grads_with_norm_(self.parameters, cfg.grad_clip, norm)
     self._add({"train/grad_norm": norm}, 1)
     finite = torch.isfinite(total if self.dtype is torch.float16 else total + norm)  # fp16 skips steps whose gradient overflowed
@@ -398,6 +400,7 @@ def check_finite(self: Loop) -> None:
     bad = self._reduce(self.bad, "max").item()
     if bad < 0: return
     last = self.run.path / "checkpoints" / "last.pt"
+    if self.rank == 0: write_json(self.run.path / "diverged.json", dict(step=bad))  # so that a sweep need not try it again
     kept = f"the last good checkpoint is {last} (step {load_checkpoint(last)['step']})" if last.exists() else "no checkpoint had been written yet"
     raise NotFinite(f"the loss or its gradient is not finite at step {bad}; {kept}; use a smaller lr (now {self.base_lr:g}), grad_clip or more warmup")
 
@@ -463,8 +466,8 @@ def evaluate(self: Loop) -> bool:
     seconds, cpu_seconds = self.elapsed()
     if layers:
         rows = self._reduce(torch.stack([sizes.get(layer, torch.zeros(2, device=self.device)) for layer in layers]), "mean").tolist()
-        metrics = metrics | {f"val/activation_rms/{layer}": math.sqrt(square / count) for layer, (square, count) in zip(layers, rows) if count}
-    self.write(metrics | {"progress/train_seconds": seconds, "progress/train_cpu_seconds": cpu_seconds})
+        sizes = {f"val/activation_rms/{layer}": math.sqrt(square / count) for layer, (square, count) in zip(layers, rows) if count}
+    self.write(metrics | sizes | {"progress/train_seconds": seconds, "progress/train_cpu_seconds": cpu_seconds})
     self.last_metrics |= metrics
     name, direction = self.task.monitor
     value = metrics.get(name)
@@ -519,6 +522,7 @@ def restore(self: Loop) -> None:
     if loop["scaler"]: self.scaler.load_state_dict(loop["scaler"])
     self.sums, self.count = {k: v.to(self.device) for k, v in loop["sums"].items()}, loop["count"]
     if torch.is_tensor(loop.get("squares")): self.squares = loop["squares"].to(self.device)
+    elif self.count: self.squares = math.nan  # layer_norms was off: the window has begun without it
     self.step, self.best, self.since_best, self.seconds, self.last_metrics = c["step"], loop["best"], loop["since_best"], loop["seconds"], c["metrics"]
     self.run.truncate(self.step)
     if self.rank == 0: self.publish()

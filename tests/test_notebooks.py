@@ -1,5 +1,5 @@
 "The notebooks' form, and train.ipynb as its users run it: papermill from any folder, with and without an output path, and twice in one kernel."
-import ast, dataclasses, importlib, json, os, re, subprocess, sys
+import ast, dataclasses, dis, importlib, json, os, re, subprocess, sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 import pytest, yaml
@@ -163,3 +163,10 @@ def test_twice_in_one_kernel_makes_two_runs(ran):
     first, second = sorted(base.glob("twice/runs/*/metrics.json"))
     assert second.parent.name == first.parent.name + "-2"
     assert losses(first.parent) == losses(second.parent) == losses(base / "good/runs/root") and same_weights(first.parent, second.parent)
+
+@each("path", EXPERIMENTS)
+def test_no_cell_takes_the_name_of_a_parameter(path):
+    "Running the cells again would read it as a given value."
+    place, names = place_of_tag(path), {f.name for f in dataclasses.fields(config_of(path))}
+    for c, source in cells(path)[place + 1:]:
+        if c["cell_type"] == "code": assert not (taken := {i.argval for i in dis.get_instructions(compile(source, path.name, "exec")) if i.opname == "STORE_NAME"} & names), taken
