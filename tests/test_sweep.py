@@ -3,7 +3,7 @@ import json, os, shutil, signal, subprocess, sys, time
 import pytest
 from conftest import ROOT
 
-TOY = '''from drifting_kd.core import Config, LabError, Run, param, watch_parameters
+TOY = '''from drifting_kd.core import Config, LabError, Run, param, watch_parameters, write_json
 from dataclasses import dataclass
 import math, time
 @dataclass
@@ -17,7 +17,9 @@ CELL = 'run_name: str = ""\nseed: int = 42\nresume: bool = False\ntracker: str =
 BODY = '''cfg = guard.read(Toy)
 run = Run(cfg, "toy")
 (run.path / "began").open("a").write("x")
-if cfg.lr > 5: raise LabError("the loss or its gradient is not finite at step 1")
+if cfg.lr > 5:
+    write_json(run.path / "diverged.json", {"step": 1})
+    raise LabError("the loss or its gradient is not finite at step 1")
 time.sleep(cfg.wait)
 value = .9 - .1 * abs(math.log10(cfg.lr) + {"sgd": 1, "adamw": 3}[cfg.optimizer]) + .001 * cfg.seed
 for epoch in (1, 2): run.log({"train/loss": 1 - value, "val/accuracy": value * epoch / 2, "progress/train_seconds": epoch, "progress/train_cpu_seconds": epoch}, epoch, epoch)
@@ -65,7 +67,7 @@ def test_a_fair_comparison_from_one_command(toy):
     study = toy / "fair.yaml"
     study.write_text("""notebook: toy
 candidates:
-  sgd: {optimizer: sgd, search: {lr: [0.01, 1.0]}}
+  sgd: {optimizer: sgd, search: {lr: [0.001, 1.0e+5]}}
   adamw: {optimizer: adamw, search: {lr: [1.0e-4, 1.0e-2]}}
 trials: 2
 select: val/best_accuracy
@@ -74,5 +76,12 @@ seeds: [0, 1]""")
     assert done.returncode == 0, done.stdout + done.stderr
     chosen = json.loads((toy / "runs" / "fair.json").read_text())["chosen"]
     assert [c["parameters"]["lr"] for c in chosen.values()] == [.1, .001]  # the best by validation, though test says the opposite
+    assert chosen["sgd"]["trials"][0]["score"] is None  # it diverged: a trial spent
     assert began(toy) == {f"fair-{n}-{r}": 1 for n in ("sgd", "adamw") for r in ("t1", "t2", "s0", "s1")}
+    assert dkd("compare", study).returncode == 0 and all(n == 1 for n in began(toy).values())  # nothing is run twice, not even what diverged
+    study.write_text(study.read_text() + "\nby: optimiser")
+    done = dkd("compare", study, "--dry-run")
+    assert done.returncode == 1 and "could not tell them apart" in done.stderr
+    study.write_text(study.read_text().replace("by: optimiser", "by: optimizer"))
+    assert "run_name=fair-sgd-t1 optimizer=sgd lr=10.0" in dkd("compare", study, "--dry-run").stdout
     assert list((toy / "figures").glob("fair*.png")) and list((toy / "figures").glob("fair*.json")), done.stdout
