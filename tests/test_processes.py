@@ -35,11 +35,13 @@ def test_two_processes_are_one(lab, patch):
 def test_processes_parameter(lab):
     "The same from one process that launches the others, as a notebook does."
     for name, processes in (("one", 1), ("two", 2)):
-        out = train(run_name=name, processes=processes, epochs=1, log_every=1, lr=0.02)
+        out = train(run_name=name, processes=processes, epochs=1, log_every=1, lr=0.02, layer_norms=True)
         assert out.returncode == 0, out.stderr[-3000:]
     assert summary(lab / "runs/two")["processes"] == 2
     gaps = differences(losses(lab / "runs/one"), losses(lab / "runs/two"))
     assert max(gaps[:3]) < 1e-4 and max(gaps) < 1e-2, gaps
+    one, two = ({k: v for _, line in losses(lab / "runs" / name) for k, v in line.items() if k.startswith("val/activation_rms/")} for name in ("one", "two"))
+    assert "val/activation_rms/conv1" in one and one.keys() == two.keys() and all(abs(one[k] - two[k]) < 1e-2 * one[k] for k in one)  # each process saw its share of the images
 
 def test_a_batch_that_does_not_divide_is_refused(lab):
     out = train(processes=2, batch_size=51)
