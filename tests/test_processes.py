@@ -39,7 +39,7 @@ def test_processes_parameter(lab):
         assert out.returncode == 0, out.stderr[-3000:]
     assert summary(lab / "runs/two")["processes"] == 2
     gaps = differences(losses(lab / "runs/one"), losses(lab / "runs/two"))
-    assert max(gaps[:3]) < 1e-4 and max(gaps) < 1e-2, gaps
+    assert max(gaps[:2]) < 1e-5 and max(gaps) < 1e-2, gaps  # of each layer, too
     one, two = ({k: v for _, line in losses(lab / "runs" / name) for k, v in line.items() if k.startswith("val/activation_rms/")} for name in ("one", "two"))
     assert "val/activation_rms/conv1" in one and one.keys() == two.keys() and all(abs(one[k] - two[k]) < 1e-2 * one[k] for k in one)  # each process saw its share of the images
 
