@@ -97,6 +97,7 @@ def _imagenet_resnet(block: type, depths: tuple, num_classes: int, in_channels: 
 
 # name -> builder(num_classes=, in_channels=, image_size=)
 MODELS = {f"resnet{6 * n + 2}": functools.partial(_cifar_resnet, n, (16, 32, 64), 16) for n in (1, 2, 3, 5, 7, 9, 18)}
+MODELS |= {"judge": functools.partial(_cifar_resnet, 1, (16, 32, 32), 16)}  # ResNet-8 with 32 features: what distances between images are measured by
 MODELS |= {f"resnet{6 * n + 2}x4": functools.partial(_cifar_resnet, n, (64, 128, 256), 32) for n in (1, 5)}
 MODELS |= {name: functools.partial(_imagenet_resnet, block, depths) for name, block, depths in (
     ("resnet18", BasicBlock, (2, 2, 2, 2)), ("resnet34", BasicBlock, (3, 4, 6, 3)), ("resnet50", Bottleneck, (3, 4, 6, 3)))}

@@ -58,6 +58,7 @@ class TrainConfig(Config):
     accumulation: int = param(1, "batches a step", low=1, high=10_000)
     ema_decay: float = param(0.0, "decay of the averaged weights; 0 is off", low=0, high=0.99999)
     label_smoothing: float = param(0.0, "label smoothing", low=0, high=0.99)
+    noise: float = param(0.0, "Gaussian noise on training pixels, each image's own strength up to this share of the range", low=0, high=1)
     compile: bool = param(False, "compile the network; on a GPU with CUDA graphs")
     patience: int = param(0, "evaluations without improvement before stopping; 0 is off", low=0)
     log_every: int = param(50, "steps a line of metrics.jsonl", low=1)
@@ -192,11 +193,17 @@ class Classify(Task):
         super().__init__(model)
         self.data, self.cfg = data, cfg
 
+    def setup(self, device, rank: int = 0, world: int = 1) -> None:
+        super().setup(device, rank, world)
+        self.noise = self.cfg.noise / torch.tensor(self.data.std, device=device).view(1, -1, 1, 1)  # in units of normalised pixels
+
     def batches(self, epoch: int) -> Batches:
         return Batches(self.data.train, self.cfg.batch_size, self.cfg.seed, epoch, rank=self.rank, world=self.world, device=self.device)
 
     def loss(self, batch, step: int):
-        logits = self.net(normalize(batch.x, self.data.mean, self.data.std))
+        x = normalize(batch.x, self.data.mean, self.data.std)
+        if self.cfg.noise: x = x + torch.rand(len(x), 1, 1, 1, device=x.device) * torch.randn_like(x) * self.noise
+        logits = self.net(x)
         loss = F.cross_entropy(logits, batch.y, label_smoothing=self.cfg.label_smoothing)
         return loss, {"train/accuracy": (logits.detach().argmax(1) == batch.y).float().mean()}
 
