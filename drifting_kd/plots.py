@@ -16,7 +16,7 @@ __all__ = ['COLOURS', 'STYLE', 'WORDS', 'UNITS', 'LOWER', 'HIGHER', 'Picture', '
            'metric_words', 'plot_curves', 'as_pixels', 'image_grid', 'class_grid', 'confusion_matrix', 'mistakes',
            'speed_bars', 'direction_of', 'overlapping', 'dots_finding', 'interval_dots', 'first_reach',
            'time_to_target', 'wilson', 'reliability_diagram', 'robustness_curves', 'layer_curves', 'layer_profile',
-           'channel_grid', 'loss_slices', 'barrier_curves', 'loss_surface_plot', 'heatmap']
+           'channel_grid', 'loss_slices', 'barrier_curves', 'loss_surface_plot', 'heatmap', 'distance_dots']
 
 # %% ../nbs/03_plots.ipynb #c005
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito: told apart by colour-blind readers
@@ -29,7 +29,7 @@ class Picture(Figure):
         from PIL import Image
         full, small = io.BytesIO(), io.BytesIO()
         self.savefig(full, format="png", bbox_inches="tight")
-        Image.open(full).convert("RGB").quantize(128, dither=Image.Dither.NONE).save(small, format="png", optimize=True)  # 128 colours: a quarter of the bytes in a notebook
+        Image.open(full).convert("RGB").quantize(64, dither=Image.Dither.NONE).save(small, format="png", optimize=True)  # 64 colours: a quarter of the bytes in a notebook
         return small.getvalue()
 
 def use_style() -> None:
@@ -648,4 +648,36 @@ def heatmap(matrix,            # [R, C]
         for i, j in zip(*np.nonzero(np.isfinite(matrix))): ax.text(j, i, f"{matrix[i, j]:.{digits}f}", ha="center", va="center", fontsize=8, color="white" if matrix[i, j] > (low + high) / 2 else "black")
     fig.colorbar(picture, ax=ax, label=label)
     fig.suptitle(title)
+    return fig
+
+# %% ../nbs/03_plots.ipynb #c081
+@_styled
+def distance_dots(rows: list,        # each {name, value, floor, metric, n, ...} as `fid.Score.row` gives it; drawn in this order; `floor_std`, `error` (half-widths) may be there
+                  title: str = "",   # "" states the finding
+                 ) -> Figure:
+    "Distances as dots beside the distance of real images from real ones."
+    if not rows: raise LabError("distance_dots got nothing to draw; give a list of {name, value, floor, metric, n}")
+    for key in ("metric", "mode", "sha256", "n"):
+        if len(kinds := {str(r.get(key, "")) for r in rows}) > 1: raise LabError(f"distance_dots: rows of different {key} ({', '.join(sorted(kinds)[:4])}) do not compare; draw a figure for each")
+    values, floors = ([_number(r.get(key)) for r in rows] for key in ("value", "floor"))
+    spreads = [2 * (r.get("floor_std") or 0) for r in rows]
+    fig = Picture(figsize=(7, 1 + .34 * len(rows)), layout="constrained")
+    ax = fig.subplots()
+    for i, (row, value, floor, spread) in enumerate(zip(rows, values, floors, spreads)):
+        if spread: ax.fill_betweenx([i - .3, i + .3], max(floor - spread, floor / 5), floor + spread, color="grey", alpha=.3, linewidth=0)
+        if math.isfinite(floor): ax.plot([floor, floor], [i - .3, i + .3], color="grey", linewidth=3, solid_capstyle="butt")
+        if not math.isfinite(value):
+            ax.annotate("not measured", (.01, i), xycoords=("axes fraction", "data"), va="center", color="grey")
+            continue
+        if math.isfinite(floor): ax.plot([floor, value], [i, i], color="grey", linewidth=.8)
+        ax.errorbar(value, i, xerr=row.get("error"), fmt="o", markersize=6, color=COLOURS[2] if value <= floor + spread else COLOURS[0])
+        ax.annotate(f"{value:.3g}", (value if value > floor + spread or math.isnan(floor) else floor + spread, i), xytext=(7, 0), textcoords="offset points", va="center")
+    there = [v for v in values + floors if math.isfinite(v)]
+    if there and min(there) > 0 and max(there) > 30 * min(there): ax.set_xscale("log")
+    above = sum(v > f + s for v, f, s in zip(values, floors, spreads))
+    known = sum(math.isfinite(v) and math.isfinite(f) for v, f in zip(values, floors))
+    metric, n = rows[0].get("metric", "distance"), rows[0].get("n")
+    ax.set(yticks=range(len(rows)), yticklabels=[r["name"] for r in rows], ylim=(len(rows) - .5, -.5), xlabel=f"{metric}{f', {n:,} images' if n else ''} (grey: real against real{', ± 2 std' if any(spreads) else ''})")
+    ax.set_title(title or (f"{above} of {known} lie above what real images have between them" if known else f"{metric} without a floor: what is small is not known"))
+    ax.margins(x=.14), ax.grid(False, axis="y")
     return fig

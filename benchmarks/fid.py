@@ -1,0 +1,103 @@
+"""Everything of an FID but the network, beside clean-fid, in CPU time: pixels to what Inception sees, statistics, and the trace term beside scipy's sqrtm.
+
+    python benchmarks/fid.py [--images 1000] [--size 32] [--dims 2048] [--repeats 5] [--threads 1] [--out benchmarks/results/fid.json]
+
+Noise images. clean-fid reads them as PNG files through its own data set and loader, in this process; ours come once as such files and once from a
+sampler. The network is left out on both sides: its place is taken by features that are already there. All ways take turns and CPU time is counted, so
+a busy machine hurts them alike. The trace term is for two covariances of rectified features; half of the reference is computed once, as for a run's checkpoints.
+"""
+import argparse, statistics, sys, tempfile, time, warnings
+from pathlib import Path
+import numpy as np, torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from drifting_kd.core import environment, generator, import_torchvision, write_json
+from drifting_kd.fid import Extractor, Moments, covariance_half, frechet_distance, images_of, resize_for
+
+def cpu(work) -> float:
+    begun = time.process_time()
+    work()
+    return time.process_time() - begun
+
+def in_turns(ways: dict, repeats: int) -> dict:
+    "Seconds of each way, one list each; the first turn warms up."
+    found = {name: [] for name in ways}
+    for turn in range(repeats + 1):
+        for name, work in ways.items():
+            seconds = cpu(work)
+            if turn: found[name].append(seconds)
+    return found
+
+def against(found: dict, reference: str) -> dict:
+    "Medians, and each way's share of the reference's time, turn by turn."
+    shares = {name: [a / b for a, b in zip(values, found[reference])] for name, values in found.items()}
+    return {name: {"seconds": statistics.median(found[name]), "share": statistics.median(s), "share_min": min(s), "share_max": max(s)} for name, s in shares.items()}
+
+def everything_but_the_network(n: int, size: int, dims: int, repeats: int, batch_size: int = 64) -> dict:
+    import_torchvision()
+    with warnings.catch_warnings():
+        from cleanfid.utils import ResizeDataset
+        from PIL import Image
+    pixels = torch.randint(0, 256, (n, size, size, 3), dtype=torch.uint8, generator=generator(0))
+    floats, pool = pixels.permute(0, 3, 1, 2) / 127.5 - 1, torch.randn(batch_size, dims, generator=generator(1))
+    def absent(x):
+        resize_for(x, "clean")
+        return pool[:len(x)]
+    judge = Extractor("absent", dims, "", absent, "clean")
+    def ours(source, add: bool):
+        moments = Moments(dims)
+        for images in images_of(source, n, batch_size):
+            features = judge(images)
+            if add: moments.add(features)
+    def sampler():
+        at = 0
+        def draw(k, _):
+            nonlocal at
+            at += k
+            return floats[at - k:at]
+        return draw
+    with tempfile.TemporaryDirectory() as folder:
+        for i, image in enumerate(pixels): Image.fromarray(image.numpy()).save(Path(folder) / f"{i:06d}.png")
+        files = sorted(str(p) for p in Path(folder).iterdir())
+        def theirs():
+            for _ in torch.utils.data.DataLoader(ResizeDataset(files, mode="clean"), batch_size, num_workers=0): pass
+        found = in_turns({"clean_fid_dataset": theirs, "ours_sampler": lambda: ours(sampler(), False), "ours_sampler_and_statistics": lambda: ours(sampler(), True), "ours_png_files": lambda: ours(folder, False)}, repeats)
+    rows = against(found, "clean_fid_dataset")
+    for row in rows.values(): row["ms_per_image"] = 1000 * row["seconds"] / n
+    return {"images": n, "size": size, "dims": dims, "batch_size": batch_size, "ways": rows}
+
+def trace_term(dims: int, repeats: int) -> dict:
+    from scipy import linalg
+    mix = torch.randn(dims, dims, generator=generator(2)) * torch.logspace(0, -2, dims)
+    def statistics_of(seed):
+        m = Moments(dims)
+        for i in range(4): m.add(torch.relu(torch.randn(dims, dims, generator=generator(seed, i)) @ mix))
+        return m.mean, m.cov
+    (mu1, S1), (mu2, S2) = statistics_of(3), statistics_of(4)
+    half, value = covariance_half(S1), {}
+    def ours(): value["ours"] = frechet_distance(mu1, S1, mu2, S2, half)
+    def theirs():
+        root = linalg.sqrtm(S1.numpy() @ S2.numpy())
+        value["sqrtm"] = ((mu1 - mu2).square().sum() + S1.trace() + S2.trace()).item() - 2 * np.trace(root).real
+    rows = against(in_turns({"sqrtm": theirs, "ours": ours, "half_of_the_reference_once": lambda: covariance_half(S1)}, repeats), "sqrtm")
+    return {"dims": dims, "ways": rows, "relative_difference": abs(value["ours"] / value["sqrtm"] - 1)}
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--images", type=int, default=1000)
+    parser.add_argument("--size", type=int, default=32)
+    parser.add_argument("--dims", type=int, default=2048)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "fid.json")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    result = {"what": "CPU time of everything but the network, and of the trace term", "repeats": args.repeats, "threads": args.threads,
+              "pixels": everything_but_the_network(args.images, args.size, args.dims, args.repeats), "trace": trace_term(args.dims, args.repeats), "environment": environment()}
+    for name, row in result["pixels"]["ways"].items(): print(f"{name:28}{row['ms_per_image']:8.3f} CPU-ms an image, {row['share']:.2f} of clean-fid's data set ({row['share_min']:.2f} to {row['share_max']:.2f})")
+    for name, row in result["trace"]["ways"].items(): print(f"{name:28}{row['seconds']:8.2f} CPU-s, {row['share']:.2f} of sqrtm ({row['share_min']:.2f} to {row['share_max']:.2f})")
+    print(f"distance differs by {result['trace']['relative_difference']:.0e} from sqrtm's")
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    write_json(args.out, result)
+
+if __name__ == "__main__": main()
