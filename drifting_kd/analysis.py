@@ -627,7 +627,7 @@ def separation(distance: np.ndarray, # [n, n], symmetric
         dealt = g.copy()
         for block in blocks: dealt[block] = g[rng.permutation(block)]
         extreme += gap(dealt) >= observed - 1e-12
-    return found | dict(difference=observed, p=(extreme + 1) / (draws + 1), least_p=floor)
+    return found | dict(difference=observed, p=max(floor, (extreme + 1) / (draws + 1)), least_p=floor)
 
 # %% ../nbs/08_analysis.ipynb #c103
 @dataclasses.dataclass

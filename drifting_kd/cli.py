@@ -226,7 +226,7 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:  # dkd runs | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except KeyboardInterrupt: print("dkd: interrupted; what was checkpointed is kept, continue with -p resume True", file=sys.stderr); return 130
+    except KeyboardInterrupt: print("\ndkd: interrupted; what was checkpointed is kept: give the same command again (dkd run: with -p resume True)", file=sys.stderr); return 130
 
 # %% ../nbs/17_cli.ipynb #c018
 if __name__ == "__main__" and "__file__" in globals(): sys.exit(main())

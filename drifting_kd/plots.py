@@ -455,7 +455,7 @@ def robustness_curves(runs: dict,              # name -> {kind: [accuracy, clean
         band = any(len(seeds) > 1 for seeds in runs.values())
         ax.set(xlabel="severity (band: 95 % interval)" if band else "severity", ylim=(0, 1.02), xticks=x)
         name, _, value, _, clean = max(ends, key=lambda e: -1 if math.isnan(e[2]) else e[2])
-        ax.set_title(f"{kind}: {100 * clean:.1f} % become {100 * value:.1f} %" if len(runs) == 1 else f"{kind}: {100 * value:.1f} % at most,\n{name}")
+        ax.set_title(f"{kind}: {100 * clean:.1f} % become {100 * value:.1f} %" if len(runs) == 1 else f"{kind}, severity {x[-1]}: best is\n{name}, {100 * value:.1f} %")
         if len(runs) > 1 and ax is axes[-1]: _label_ends(ax, [(label, at, 0. if math.isnan(end) else end, colour) for label, at, end, colour, _ in ends])
     axes[0].set_ylabel("accuracy")
     if title: fig.suptitle(title)
@@ -644,7 +644,7 @@ def heatmap(matrix,            # [R, C]
     ax.set(xticks=range(len(columns)), yticks=range(len(rows)), xlabel=column_label, ylabel=row_label)
     ax.set_xticklabels(columns, rotation=90 if max(len(str(c)) for c in columns) > 6 else 0), ax.set_yticklabels(rows)
     if max(matrix.shape) <= 12:
-        digits = 2 if len(finite) and np.abs(finite).max() < 10 else 0
+        digits = 0 if not len(finite) or np.abs(finite).max() >= 10 else 3 if np.abs(finite).max() < .2 else 2
         for i, j in zip(*np.nonzero(np.isfinite(matrix))): ax.text(j, i, f"{matrix[i, j]:.{digits}f}", ha="center", va="center", fontsize=8, color="white" if matrix[i, j] > (low + high) / 2 else "black")
     fig.colorbar(picture, ax=ax, label=label)
     fig.suptitle(title)

@@ -304,6 +304,7 @@ def cannot_conclude(groups: dict, summary, pairs: list, by: tuple = ()) -> list[
     said, what = [], " and ".join(split_words(by)) or "the grouping"
     if len(groups) == 1: said.append("There is one group, so nothing is compared.")
     if single := [label for label, rs in groups.items() if len(rs) == 1]: said.append(f"n=1 for {', '.join(single)}: how far another seed would lie is unknown, so no difference from {'it' if len(single) == 1 else 'them'} can be told from chance.")
+    if two := [label for label, rs in groups.items() if len(rs) == 2]: said.append(f"n=2 for {', '.join(two)}: the t interval is thirteen times as wide as the two seeds lie apart, and may reach where no value can be; look at the seeds themselves.")
     for key, rows in summary.groupby("metric", sort=False):
         for _, row in rows[rows["mean"].isna()].iterrows(): said.append(f"{row['group']} has a seed whose {metric_words(key)} is not a number, so the group has no mean.")
         for _, row in rows[(rows.n > 1) & (rows["min"] == rows["max"])].iterrows(): said.append(f"All {row['n']} seeds of {row['group']} have the same {metric_words(key)}, so its interval has no width; the value is still not known exactly.")

@@ -51,6 +51,7 @@ _KEYS = ("notebook", "base", "matrix", "exclude", "include", "name")
 def _check(matrix: dict) -> None:
     "Refuse a matrix that cannot mean what it says."
     if not isinstance(matrix, dict): raise LabError(f"a matrix is a mapping with {', '.join(_KEYS)}; got {type(matrix).__name__}")
+    if "candidates" in matrix: raise LabError("this is a study, not a matrix; run it with dkd compare")
     for key in matrix:
         if key not in _KEYS: raise unknown("key of a matrix", key, _KEYS)
     for key, kind in dict(notebook=str, base=dict, matrix=dict, exclude=list, include=list, name=str).items():
