@@ -361,6 +361,9 @@ class Run:
     @property
     def name(self) -> str: return self.path.name
 
+    @property
+    def finished(self) -> bool: return (self.path / "metrics.json").exists()
+
 # %% ../nbs/00_core.ipynb #c048
 @patch
 def _create(self: Run, folder: Path) -> Path:
@@ -388,6 +391,7 @@ def _take_lock(self: Run) -> None:
 def _begin(self: Run) -> None:
     "Write what a new run starts with; config.json comes last and makes the folder a run. For a continued one, note where it goes on."
     self.resumed = (self.path / "config.json").exists()
+    if self.finished: return (self.path / ".lock").touch()  # nothing is written to it but that it was looked at
     here = environment(self.cfg.seed, getattr(self.cfg, "device", None))
     if self.resumed:
         for part in self.path.rglob(".*.part"): part.unlink()  # what a kill left half-written
@@ -408,7 +412,10 @@ def _find(self: Run, folder: Path) -> Path | None:
     if c.run_name:
         if not (folder / c.run_name).exists(): return None
         candidates = [folder / c.run_name]
-        if run_state(candidates[0]) == "finished": raise LabError(f"run {c.run_name} is finished; nothing to resume (give another run_name, or resume=False)")
+        if run_state(candidates[0]) == "finished":
+            saved = read_json(candidates[0] / "config.json")
+            if (saved.get("hash"), saved.get("kind")) == (c.hash(), self.kind): return candidates[0]  # the notebook that made it may not have come to its end
+            raise LabError(f"run {c.run_name} is finished with another configuration; nothing to resume (give another run_name, or resume=False)")
     else:
         candidates = [p.parent for p in folder.glob("*/config.json") if run_state(p.parent) == "stopped" or str(p.parent) in Run.held]
     saved = {}

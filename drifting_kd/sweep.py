@@ -10,8 +10,8 @@ from pathlib import Path
 from .core import LabError, check_run_name, project_root, read_json, run_state, runs_folder, unknown, write_json
 
 # %% auto #0
-__all__ = ['load_yaml', 'load_matrix', 'expand', 'finished', 'diverged', 'run_sweep', 'halton', 'load_study', 'trials', 'score',
-           'choose', 'finals', 'compare']
+__all__ = ['load_yaml', 'load_matrix', 'expand', 'finished', 'shown', 'diverged', 'run_sweep', 'halton', 'load_study', 'trials',
+           'score', 'choose', 'finals', 'compare']
 
 # %% ../nbs/16_sweep.ipynb #c005
 _EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+|[-+]?\.\d+[eE][-+]?\d+")  # the numbers that YAML 1.1 takes for text
@@ -128,6 +128,14 @@ def finished(run: dict, # all its parameters
         raise LabError(f"run {path.name} is finished with other parameters: {'; '.join(other)}; delete {path}, or use another name")
     return True
 
+def shown(run: dict) -> bool:
+    "Whether its executed notebook came to the end; one that is not there was run in another way."
+    path = runs_folder() / "notebooks" / f"{run['run_name']}.ipynb"
+    if not path.exists(): return True
+    try: told = json.loads(path.read_text(encoding="utf-8"))["metadata"]["papermill"]
+    except (ValueError, KeyError): return False
+    return bool(told.get("end_time")) and not told.get("exception")
+
 def diverged(run: dict) -> bool:
     "Whether this run ended in a loss that is not finite; it would again."
     return (runs_folder() / run["run_name"] / "diverged.json").exists()
@@ -150,7 +158,7 @@ def run_sweep(runs: list[dict],          # from expand
               workers: int = 1,          # runs at a time on this machine; they share its cores
              ) -> dict[str, str]:        # the runs that failed, and why
     "Every run once, `workers` at a time."
-    todo, began, done = [r for r in runs if not finished(r) and not diverged(r)], time.time(), []
+    todo, began, done = [r for r in runs if not (finished(r) and shown(r)) and (finished(r) or not diverged(r))], time.time(), []
     if workers < 1: raise LabError(f"workers={workers}: expected at least 1")
     lost = {r["run_name"]: "the loss was not finite" for r in runs if r not in todo and diverged(r) and not finished(r)}
     print(f"{len(runs)} runs, {len(runs) - len(todo) - len(lost)} of them finished before" + (f", {len(lost)} diverged before" if lost else ""), flush=True)

@@ -662,6 +662,10 @@ def fit(task: Task,       # what to train
         run: Run,         # where it is written
        ) -> dict:
     "Train, evaluate, checkpoint and resume; returns the summary that is also the run's metrics.json."
+    if run.resumed and run.finished:
+        print(f"run {run.name} is finished: nothing is trained, its results are shown again")
+        run.close()
+        return read_json(run.path / "metrics.json")
     if cfg.processes > 1 and "WORLD_SIZE" not in os.environ: return _launch(task, cfg, run)
     try: return Loop(task, cfg, run).go()
     finally: run.close()
