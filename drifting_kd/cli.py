@@ -6,7 +6,7 @@
 from __future__ import annotations
 import argparse, ast, datetime, json, logging, os, re, sys, time
 from pathlib import Path
-from .core import LabError, check_value, list_runs, project_root, run_state, runs_folder, unknown
+from .core import LabError, check_value, list_runs, project_root, run_state, runs_folder, split_words, unknown
 from .sweep import compare, expand, load_matrix, load_study, load_yaml, run_sweep, trials
 
 # %% auto #0
@@ -181,7 +181,7 @@ def compare_command(args) -> int:
     study = load_study(args.study)
     notebook, report = find_notebook(study["notebook"]), find_notebook("report")
     for run in trials(study): parameters(notebook, run, [])
-    for name in study["by"].replace(",", " ").split():
+    for name in split_words(study["by"]):
         if name not in declared(notebook): raise unknown("parameter in by", name, declared(notebook))
     if args.dry_run: return _list(trials(study), notebook)
     chosen = compare(study, args.workers)

@@ -12,7 +12,7 @@ from fastcore.basics import patch
 # %% auto #0
 __all__ = ['SCHEMA', 'DETERMINISTIC', 'PACKAGES', 'LabError', 'unknown', 'project_root', 'runs_folder', 'working_folder',
            'environ', 'plain', 'atomic_write', 'write_json', 'read_json', 'mix', 'generator', 'seed_everything',
-           'choose_device', 'import_torchvision', 'need', 'param', 'check_value', 'Parameters', 'Config',
+           'choose_device', 'import_torchvision', 'need', 'param', 'check_value', 'Parameters', 'Config', 'split_words',
            'check_run_name', 'watch_parameters', 'git_state', 'environment', 'run_state', 'Run', 'read_metrics',
            'list_runs']
 
@@ -233,12 +233,16 @@ class Config(Parameters):
     def hash(self) -> str:
         return hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()[:16]
 
+def split_words(text) -> list[str]:
+    "`'a, b c'` as a list; a list or tuple as it is."
+    return [w for w in re.split(r"[,\s]+", text) if w] if isinstance(text, str) else [str(w) for w in text]
+
 def check_run_name(name: str, field: str = "run_name", why: str = "a run stays inside runs/") -> None:
     "Refuse what is not the plain name of a file or folder."
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._+=-]{0,150}", name):
         raise LabError(f"{field}={name!r}: expected letters, digits and . _ + = - only (no folders: {why})")
 
-# %% ../nbs/00_core.ipynb #c037
+# %% ../nbs/00_core.ipynb #c038
 _LITERALS = (bool, int, float, str, list, tuple, dict, type(None))
 
 class watch_parameters:
@@ -265,7 +269,7 @@ class watch_parameters:
         self.was_read, self.accepted = True, set(self.namespace)
         return config(**{n: v for n, v in given.items() if n in fields})
 
-# %% ../nbs/00_core.ipynb #c042
+# %% ../nbs/00_core.ipynb #c043
 def _command(*words: str, cwd: Path | None = None) -> str | None:
     "First line of a command's output, or None."
     try: out = subprocess.run(words, capture_output=True, text=True, timeout=10, cwd=cwd, stdin=subprocess.DEVNULL)
@@ -310,7 +314,7 @@ def _processor() -> str | None:
     except OSError: return platform.processor() or None
     return next((l.split(":", 1)[1].strip() for l in lines if l.startswith("model name")), None)
 
-# %% ../nbs/00_core.ipynb #c045
+# %% ../nbs/00_core.ipynb #c046
 def _lock(path: Path, mode: str = "a+"):
     "An exclusive lock that the system drops when the process dies; None if another process holds it."
     handle = open(path, mode)
@@ -333,7 +337,7 @@ def run_state(path: Path) -> str:
     handle.close()
     return "stopped"
 
-# %% ../nbs/00_core.ipynb #c046
+# %% ../nbs/00_core.ipynb #c047
 class Run:
     "One folder under `runs/`: made new, or continued with `cfg.resume`."
     held: dict = {}  # locks of this process: running a notebook's cells again takes over its own run
@@ -364,7 +368,7 @@ class Run:
     @property
     def finished(self) -> bool: return (self.path / "metrics.json").exists()
 
-# %% ../nbs/00_core.ipynb #c048
+# %% ../nbs/00_core.ipynb #c049
 @patch
 def _create(self: Run, folder: Path) -> Path:
     c = self.cfg
@@ -386,7 +390,7 @@ def _take_lock(self: Run) -> None:
     else: raise LabError(f"run {self.name} is being written by another process; wait for it, stop it, or use another run_name")
     Run.held[str(self.path)] = handle
 
-# %% ../nbs/00_core.ipynb #c050
+# %% ../nbs/00_core.ipynb #c051
 @patch
 def _begin(self: Run) -> None:
     "Write what a new run starts with; config.json comes last and makes the folder a run. For a continued one, note where it goes on."
@@ -442,7 +446,7 @@ def _unstarted(self: Run, path: Path) -> Path:
     if strange: raise LabError(f"{path} is not a run (it holds {strange[0]}, but no config.json); use another run_name")
     return path
 
-# %% ../nbs/00_core.ipynb #c052
+# %% ../nbs/00_core.ipynb #c053
 @patch
 def log(self: Run, metrics: dict, step: int, epoch: float = 0) -> None:
     "Append one line to metrics.jsonl; it reaches the system at once, so a kill loses none."
@@ -480,7 +484,7 @@ def read_metrics(path: str | Path) -> list[dict]:
             if i < len(lines) - 1: raise LabError(f"{path} line {i + 1} is not valid JSON; restore the file or delete that line") from None
     return out
 
-# %% ../nbs/00_core.ipynb #c057
+# %% ../nbs/00_core.ipynb #c058
 def list_runs(folder: Path | None = None) -> list[dict]:
     "Every run: name, kind, state, last step and epoch, its summary or last metrics, and age in seconds; newest first."
     rows = []

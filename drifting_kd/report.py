@@ -8,15 +8,15 @@ import fnmatch, functools, itertools, json, math, re, zipfile
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np
-from .core import Config, LabError, Parameters, check_run_name, git_state, param, project_root, read_json, read_metrics, run_state, runs_folder, unknown, write_json
+from .core import Config, LabError, Parameters, check_run_name, git_state, param, project_root, read_json, read_metrics, run_state, runs_folder, split_words, unknown, write_json
 from .plots import direction_of, first_reach, metric_words, overlapping, save_figure, t_interval
 
 # %% auto #0
-__all__ = ['NOT_SETTINGS', 'ABSENT', 'JUDGED_BY', 'COUNTED', 'Record', 'Records', 'read_record', 'split_words', 'find_runs',
-           'differences', 'group_runs', 'run_table', 'conditions', 'check_comparable', 'environment_facts',
-           'environment_warnings', 'seed_values', 'summarise', 'interval_text', 'result_table', 'sign_flip', 'paired',
-           'holm', 'paired_table', 'to_target', 'best_values', 'default_target', 'target_table', 'target_text',
-           'describe_pair', 'cannot_conclude', 'write_report', 'ReportConfig']
+__all__ = ['NOT_SETTINGS', 'ABSENT', 'JUDGED_BY', 'COUNTED', 'Record', 'Records', 'read_record', 'find_runs', 'differences',
+           'group_runs', 'run_table', 'conditions', 'check_comparable', 'environment_facts', 'environment_warnings',
+           'seed_values', 'summarise', 'interval_text', 'result_table', 'sign_flip', 'paired', 'holm', 'paired_table',
+           'to_target', 'best_values', 'default_target', 'target_table', 'target_text', 'describe_pair',
+           'cannot_conclude', 'write_report', 'ReportConfig']
 
 # %% ../nbs/09_report.ipynb #c006
 @dataclass
@@ -45,10 +45,6 @@ def read_record(path: Path) -> Record:
             with np.load(path / "splits.npz") as f: data = {k: str(f[k]) for k in ("hash", "sha256") if k in f} | {k: len(f[k]) for k in ("train", "val", "test") if k in f}
         except (OSError, ValueError, EOFError, zipfile.BadZipFile): raise LabError(f"{path / 'splits.npz'} is not readable; restore it, or leave run {path.name} out") from None
     return Record(path.name, path, *(read_json(path / f"{n}.json") for n in ("config", "metrics", "environment")), data)
-
-def split_words(text) -> list[str]:
-    "`'a, b c'` as a list; a list or tuple as it is."
-    return [w for w in re.split(r"[,\s]+", text) if w] if isinstance(text, str) else [str(w) for w in text]
 
 # %% ../nbs/09_report.ipynb #c007
 def find_runs(pattern: str | list,        # shell patterns of run names, several separated by commas or spaces

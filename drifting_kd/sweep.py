@@ -7,7 +7,7 @@ from __future__ import annotations
 import itertools, json, math, os, re, subprocess, sys, time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from .core import LabError, check_run_name, project_root, read_json, run_state, runs_folder, unknown, write_json
+from .core import LabError, check_run_name, project_root, read_json, run_state, runs_folder, split_words, unknown, write_json
 
 # %% auto #0
 __all__ = ['load_yaml', 'load_matrix', 'expand', 'finished', 'shown', 'diverged', 'run_sweep', 'halton', 'load_study', 'trials',
@@ -212,7 +212,7 @@ def load_study(path: str | Path) -> dict:
         if not isinstance(study["seeds"], list) or not all(isinstance(s, int) for s in study["seeds"]) or study["tuning_seed"] in study["seeds"] or len(set(study["seeds"])) < len(study["seeds"]): raise LabError(f"seeds={study['seeds']!r}: expected a list of different seeds without tuning_seed ({study['tuning_seed']}), which has been selected on")
         if not str(study["select"]).startswith("val/"): raise LabError(f"select={study['select']!r}: selection sees validation only; expected a metric val/...")
         if study["mode"] not in ("max", "min"): raise unknown("mode", study["mode"], ("max", "min"))
-        marks = [json.dumps([c.get(k) for k in study["by"].replace(",", " ").split()]) for c in study["candidates"].values()]
+        marks = [json.dumps([c.get(k) for k in split_words(study["by"])]) for c in study["candidates"].values()]
         if len(set(marks)) < len(marks): raise LabError(f"by={study['by']!r}: candidates do not differ in it, so the report could not tell them apart; name the parameters that do, separated by commas")
         if {"seed", "run_name"} & set(study["base"]): raise LabError("base: seed and run_name are the study's own; remove them")
     except LabError as e: raise LabError(f"{path}: {e}") from None
