@@ -18,22 +18,21 @@ from .models import create_model, layer_names, list_models, load_checkpoint, out
 from .track import start_tracker
 
 # %% auto #0
-__all__ = ['OPTIMIZERS', 'TrainConfig', 'optimizer_class', 'optimizer_settings', 'make_optimizer', 'check_optimizer', 'lr_at',
-           'expected_calibration_error', 'classification_metrics', 'Task', 'Classify', 'EMA', 'undisturbed',
+__all__ = ['OPTIMIZERS', 'FitConfig', 'TrainConfig', 'optimizer_class', 'optimizer_settings', 'make_optimizer', 'check_optimizer',
+           'lr_at', 'expected_calibration_error', 'classification_metrics', 'Task', 'Classify', 'EMA', 'undisturbed',
            'GlobalBatchNorm', 'globalize_batchnorm', 'random_state', 'set_random_state', 'save_checkpoint', 'NotFinite',
            'Loop', 'fit', 'open_run', 'use_threads', 'prepare', 'classifier']
 
 # %% ../nbs/07_train.ipynb #c005
 @dataclass
-class TrainConfig(Config):
-    "Everything a supervised run needs; other families inherit and add."
+class FitConfig(Config):
+    "What the loop and the data need; every family inherits and adds."
     dataset: str = param("digits", "digits, shapes, mnist, cifar10, ... or an npz in data_root")
     data_root: str = param("", "folder with the data; empty is DKD_DATA, else data/")
     image_size: int = param(0, "pixels a side; 0 is the data set's own", low=0, high=1024)
     limit: int = param(0, "number of training images, stratified; 0 is all", low=0)
     val_fraction: float = param(0.1, "share of the training images kept for selection", low=0, high=0.9)
     split_seed: int = param(42, "seed of the split", low=0)
-    normalization: str = param("data", "data (of the training images) or constants (CIFAR's published)", choices=("data", "constants"))
     flip: str = param("auto", "auto (as the data set allows), on or off", choices=("auto", "on", "off"))
     crop_padding: int = param(-1, "pixels of random shift; -1 is the data set's own", low=-1, high=64)
     deterministic: str = param("on", "off, on, warn (name operators that are not) or raise (stop at them)", choices=("off", "on", "warn", "raise"))
@@ -57,8 +56,6 @@ class TrainConfig(Config):
     grad_clip: float = param(0.0, "largest gradient norm; 0 is off", low=0)
     accumulation: int = param(1, "batches a step", low=1, high=10_000)
     ema_decay: float = param(0.0, "decay of the averaged weights; 0 is off", low=0, high=0.99999)
-    label_smoothing: float = param(0.0, "label smoothing", low=0, high=0.99)
-    noise: float = param(0.0, "Gaussian noise on training pixels, each image's own strength up to this share of the range", low=0, high=1)
     compile: bool = param(False, "compile the network; on a GPU with CUDA graphs")
     patience: int = param(0, "evaluations without improvement before stopping; 0 is off", low=0)
     log_every: int = param(50, "steps a line of metrics.jsonl", low=1)
@@ -75,6 +72,22 @@ class TrainConfig(Config):
         if any(not 0 <= b < 1 for b in self.betas): raise LabError(f"betas={self.betas}: expected numbers from 0 to below 1")
         if any(not 0 < m < 1 for m in self.milestones): raise LabError(f"milestones={self.milestones}: expected fractions of training between 0 and 1")
         check_optimizer(self.optimizer, lr=self.lr, momentum=self.momentum, betas=self.betas, weight_decay=self.weight_decay)
+
+    def models(self) -> list[str]:
+        "The names that `model` may have."
+        return list_models()
+
+    def batches(self, images: int) -> int:
+        "Batches an epoch."
+        if self.batch_size > images: raise LabError(f"batch_size={self.batch_size} is larger than the {images} training images; use at most that")
+        return images // self.batch_size
+
+@dataclass
+class TrainConfig(FitConfig):
+    "Everything a supervised run needs."
+    normalization: str = param("data", "data (of the training images) or constants (CIFAR's published)", choices=("data", "constants"))
+    label_smoothing: float = param(0.0, "label smoothing", low=0, high=0.99)
+    noise: float = param(0.0, "Gaussian noise on training pixels, each image's own strength up to this share of the range", low=0, high=1)
 
 # %% ../nbs/07_train.ipynb #c007
 OPTIMIZERS = {"sgd": dict(lr=0.1, momentum=0.9, weight_decay=1e-4), "nesterov": dict(lr=0.1, momentum=0.9, weight_decay=1e-4, nesterov=True),
@@ -324,7 +337,7 @@ class NotFinite(LabError): "The loss or its gradient became NaN or infinite."
 
 class Loop:
     "The state of one training; `fit` makes it and calls `go`."
-    def __init__(self, task: Task, cfg: TrainConfig, run: Run):
+    def __init__(self, task: Task, cfg: FitConfig, run: Run):
         if task.used: raise LabError("this task was trained before, so its weights are not those of the seed; make a new model and task (run the cells that make them)")
         if (run.path / "metrics.json").exists(): raise LabError(f"run {run.name} is finished; make a new Run")
         self.task, self.cfg, self.run = task, cfg, run
@@ -640,7 +653,7 @@ def go(self: Loop) -> dict:
         self.task.net = self.model
 
 # %% ../nbs/07_train.ipynb #c054
-def _accelerator(cfg: TrainConfig):
+def _accelerator(cfg: FitConfig):
     "Accelerate, when this is one of several processes."
     if int(os.environ.get("WORLD_SIZE", "1")) == 1: return None
     from accelerate import Accelerator
@@ -653,12 +666,12 @@ def _bar(total: int, done: int):
     from tqdm import tqdm
     return tqdm(total=total, initial=done, desc="training", file=sys.stdout, unit="step", mininterval=1.0, smoothing=0.05, dynamic_ncols=True, disable="IN_TEST" in os.environ)
 
-def _divides(cfg: TrainConfig, processes: int) -> None:
+def _divides(cfg: FitConfig, processes: int) -> None:
     if cfg.batch_size % processes: raise LabError(f"batch_size={cfg.batch_size} does not divide among {processes} processes; use a multiple of it")
 
 # %% ../nbs/07_train.ipynb #c055
 def fit(task: Task,       # what to train
-        cfg: TrainConfig, # how
+        cfg: FitConfig, # how
         run: Run,         # where it is written
        ) -> dict:
     "Train, evaluate, checkpoint and resume; returns the summary that is also the run's metrics.json."
@@ -670,7 +683,7 @@ def fit(task: Task,       # what to train
     try: return Loop(task, cfg, run).go()
     finally: run.close()
 
-def _launch(task: Task, cfg: TrainConfig, run: Run) -> dict:
+def _launch(task: Task, cfg: FitConfig, run: Run) -> dict:
     "Start `cfg.processes` processes of `fit`; what stops them is one line here, too."
     from accelerate import notebook_launcher
     _divides(cfg, cfg.processes)
@@ -686,13 +699,13 @@ def _launch(task: Task, cfg: TrainConfig, run: Run) -> dict:
         run.close()
     return read_json(run.path / "metrics.json")
 
-def _fit_child(task: Task, cfg: TrainConfig, run: Run) -> None:
+def _fit_child(task: Task, cfg: FitConfig, run: Run) -> None:
     try: fit(task, cfg, run)
     except LabError as e:
         (run.path / ".error").write_text(str(e))
         sys.exit(1)
 
-def open_run(cfg: TrainConfig, kind: str = "train") -> Run:
+def open_run(cfg: FitConfig, kind: str = "train") -> Run:
     "The run of this process: under `accelerate launch` the first one makes the folder and the others join it."
     accelerator = _accelerator(cfg)
     if accelerator is None: return Run(cfg, kind)
@@ -714,17 +727,17 @@ def use_threads(threads: int, image_size: int) -> None:
     "CPU threads as asked; 0 is one for tiny images, where more only wait for each other, else torch's own choice."
     torch.set_num_threads(threads or (1 if image_size <= 16 else _THREADS))
 
-def prepare(cfg: TrainConfig) -> Dataset:
+def prepare(cfg: FitConfig) -> Dataset:
     "Seeds, threads and data of a run; refuses what cannot work before anything is written."
     choose_device(cfg.device)
     if cfg.tracker != "none" and importlib.util.find_spec(cfg.tracker) is None: need(cfg.tracker, cfg.tracker)
     if cfg.threads > (os.cpu_count() or 1): raise LabError(f"threads={cfg.threads}: this machine has {os.cpu_count()}")
     seed_everything(cfg.seed, cfg.deterministic)
-    if cfg.model not in list_models(): raise unknown("model", cfg.model, list_models())
-    data = load_dataset(cfg.dataset, cfg.data_root, cfg.image_size, cfg.val_fraction, cfg.split_seed, cfg.limit, cfg.normalization)
+    if cfg.model not in cfg.models(): raise unknown("model", cfg.model, cfg.models())
+    data = load_dataset(cfg.dataset, cfg.data_root, cfg.image_size, cfg.val_fraction, cfg.split_seed, cfg.limit, getattr(cfg, "normalization", "data"))
     use_threads(cfg.threads, data.image_size)
-    if cfg.batch_size > len(data.train.labels): raise LabError(f"batch_size={cfg.batch_size} is larger than the {len(data.train.labels)} training images; use at most that")
-    total = cfg.steps or cfg.epochs * math.ceil(len(data.train.labels) // cfg.batch_size / cfg.accumulation)
+    batches = cfg.batches(len(data.train))
+    total = cfg.steps or cfg.epochs * math.ceil(batches / cfg.accumulation)
     if cfg.patience and not len(data.val.labels): raise LabError("patience needs validation images; use val_fraction above 0, or patience=0")
     if cfg.warmup >= total: raise LabError(f"warmup={cfg.warmup}: expected less than the {total} steps of this training")
     if cfg.processes > 1: _divides(cfg, cfg.processes)
