@@ -82,7 +82,7 @@ def ship(name: str, content: bytes, row: dict, folder: Path = SHIPPED) -> Path:
     return folder / f"{name}.pt"
 
 # %% ../nbs/13_judges.ipynb #c011
-KINDS = {"noise": ("standard deviation, share of the range", (0, .02, .05, .1, .2, .4)), "blur": ("standard deviation, share of the side", (0, *(b / 32 for b in CORRUPTIONS["blur"]))),
+KINDS = {"noise": ("deviation, share of the range", (0, .02, .05, .1, .2, .4)), "blur": ("width, share of the side", (0, *(b / 32 for b in CORRUPTIONS["blur"]))),
          "dropped": ("share of the classes dropped", (0, .1, .2, .3, .5)), "collapse": ("distinct images a class", (0, 8, 4, 2, 1))} # of collapse, 0 is all
 
 def noisy(images: Tensor, sigma: float, seed: int = 0) -> Tensor:
@@ -135,18 +135,15 @@ def judged(judge: Extractor, data: Dataset, images: Tensor, labels: Tensor, real
     return dict(distance=Stats.of(features, judge).distance(real), agreement=(judge.head(features).argmax(1) == labels.to(features.device)).double().mean().item(), variance_ratio=variance_ratio(real.features, data.train.labels, features, labels)[0])
 
 def rises(found: dict) -> dict:
-    "kind -> whether the mean distance rises with every step, from a step of noise or blur that adds half the floor on (below, a distance may stay where it is)."
-    def one(kind):
-        mean = np.mean(found["kinds"][kind]["distances"], 0)
-        faint = .5 * found["floor"] if kind in ("noise", "blur") else 0
-        return bool(all(b > a or max(a, b) < mean[0] + faint for a, b in zip(mean, mean[1:])) and mean[-1] > mean[0] + faint)
-    return {kind: one(kind) for kind in found["kinds"]}
+    "kind -> whether the mean distance rises with every step that shows, and the last one shows; what adds less than half a floor does not."
+    def one(mean): return bool(all(b > a or max(a, b) < 1.5 * mean[0] for a, b in zip(mean, mean[1:])) and mean[-1] > 1.5 * mean[0])
+    return {kind: one(np.mean(f["distances"], 0)) for kind, f in found["kinds"].items()}
 
 # %% ../nbs/13_judges.ipynb #c018
 def _finding(studies: list) -> str:
     wrong = [f"{s['judge']}: {kind}" for s in studies for kind, up in rises(s).items() if not up]
     whom = f"all {len(studies)} judges" if len(studies) > 1 else f"the {studies[0]['judge']} judge"
-    return f"Worse images are further away, for {whom} and in every step" if not wrong else f"Worse images are further away in every step, except for {', '.join(wrong)}"
+    return f"The distance rises with every kind of damage, for {whom}" if not wrong else f"The distance rises with damage, but not at every step for {', '.join(wrong)}"
 
 @_styled
 def degradation_panels(studies: list,    # of `study`
@@ -169,5 +166,5 @@ def degradation_panels(studies: list,    # of `study`
             if r == len(studies) - 1: ax.set_xlabel(f["unit"])
         axes[0].set_ylabel(f"{s['metric']}\n(n={s['n']:,}, floor {s['floor']:.2g})")
         axes[0].margins(y=.15)
-    fig.suptitle((title or _finding(studies)) + "\n(distance to the training split; dashed: other real images; dots: draws; each row is another judge with its own scale)")
+    fig.suptitle((title or _finding(studies)) + "\ndashed: the floor, other real images; dots: draws; each row is another judge with a scale of its own")
     return fig
