@@ -446,6 +446,8 @@ class Extractor:
 
     @property
     def metric(self) -> str: return "FID" if self.name == "inception" else f"{self.name}-FD"
+    @property
+    def column(self) -> str: return re.sub(r"\W+", "_", self.metric.lower())  # of a table: fid, digits_fd
 
     def __call__(self, images) -> Tensor:
         x = to_uint8(images)
