@@ -4,7 +4,7 @@
 
 # %% ../nbs/06_fid.ipynb #c002
 from __future__ import annotations
-import contextlib, functools, hashlib, io, math, os, re, urllib.request, warnings, zipfile
+import contextlib, functools, hashlib, importlib.resources, io, math, os, re, urllib.request, warnings, zipfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Callable, Iterator, NamedTuple
@@ -12,16 +12,17 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from .core import LabError, atomic_write, choose_device, generator, import_torchvision, unknown
+from .core import LabError, atomic_write, choose_device, generator, import_torchvision, read_json, unknown
 from .data import Dataset, Split, _load_array
 from .models import Frozen, frozen, weights_sha256
 
 # %% auto #0
-__all__ = ['SCALES', 'MODES', 'SIDE', 'WEIGHTS', 'EXTENSIONS', 'KEYS', 'to_uint8', 'to_rgb', 'bicubic_weights', 'bicubic',
-           'resize_for', 'Moments', 'covariance_half', 'frechet_distance', 'Stats', 'load_stats', 'Kid', 'mmd',
-           'kernel_distance', 'Infinity', 'fd_infinity', 'Prdc', 'nearest', 'prdc', 'variance_ratio', 'exact_fp32',
-           'Extractor', 'random_extractor', 'judge', 'read_weights', 'inception', 'vit', 'images_of', 'as_extractor',
-           'reference_stats', 'Score', 'fid', 'kid']
+__all__ = ['SCALES', 'MODES', 'SIDE', 'SHIPPED', 'STANDS_IN', 'WEIGHTS', 'EXTENSIONS', 'KEYS', 'to_uint8', 'to_rgb',
+           'bicubic_weights', 'bicubic', 'resize_for', 'Moments', 'covariance_half', 'frechet_distance', 'Stats',
+           'load_stats', 'Kid', 'mmd', 'kernel_distance', 'Infinity', 'fd_infinity', 'Prdc', 'nearest', 'prdc',
+           'variance_ratio', 'class_means', 'class_gaussians', 'nearest_ratio', 'feature_diversity', 'exact_fp32',
+           'Extractor', 'random_extractor', 'judge', 'shipped_judges', 'shipped', 'default_judge', 'read_weights',
+           'inception', 'vit', 'images_of', 'as_extractor', 'reference_stats', 'Score', 'fid', 'kid']
 
 # %% ../nbs/06_fid.ipynb #c005
 SCALES = ("", "signed", "unit")  # of floats: "" looks whether any is negative
@@ -361,6 +362,60 @@ def variance_ratio(real: Tensor, real_labels: Tensor, # features [N, D], labels 
     return total[1] / total[0], {c: f / r for c, (r, f) in inside.items()}
 
 # %% ../nbs/06_fid.ipynb #c039
+def _of_class(images: Tensor, labels: Tensor, c: int, least: int) -> Tensor:
+    "fp32 rows of one class."
+    rows = images[labels == c].flatten(1).float()
+    if len(rows) < least: raise LabError(f"class {c} has {len(rows)} image{'s' * (len(rows) != 1)}; at least {least} needed")
+    return rows
+
+def _bytes(x: Tensor) -> Tensor: return x.round().clamp(0, 255).to(torch.uint8)
+
+def class_means(images: Tensor,       # uint8 [N, H, W, C], training images
+                labels: Tensor,       # [N]
+                which_labels: Tensor, # [M], what is asked for
+               ) -> Tensor:           # uint8 [M, H, W, C]
+    "For each label its class's mean image."
+    out = torch.empty(len(which_labels), *images.shape[1:], dtype=torch.uint8)
+    for c in which_labels.unique().tolist(): out[which_labels == c] = _bytes(_of_class(images, labels, c, 1).mean(0)).view(images.shape[1:])
+    return out
+
+def class_gaussians(images: Tensor, labels: Tensor, which_labels: Tensor, # as `class_means`
+                    seed: int = 0) -> Tensor:
+    "For each label a draw from the Gaussian with its class's mean and covariance in pixel space, clipped to bytes."
+    out = torch.empty(len(which_labels), *images.shape[1:], dtype=torch.uint8)
+    for c in which_labels.unique().tolist():
+        rows, draw = _of_class(images, labels, c, 2), generator(seed, 78, c)
+        mean = rows.mean(0)
+        rows = (rows - mean) / math.sqrt(len(rows) - 1)
+        for part in (which_labels == c).nonzero()[:, 0].split(1024): out[part] = _bytes(mean + torch.randn(len(part), len(rows), generator=draw) @ rows).view(-1, *images.shape[1:])
+    return out
+
+# %% ../nbs/06_fid.ipynb #c043
+def nearest_ratio(fake: Tensor, train: Tensor, test: Tensor) -> float: # features [N, D], [M, D], [K, D]
+    "How near fakes lie to training images, in units of how near test images lie."
+    usual = nearest(test, train)[0].median().item()
+    if not usual: raise LabError("half of the test images lie on training images; there is nothing to compare with")
+    return nearest(fake, train)[0].median().item() / usual
+
+def feature_diversity(features: Tensor,              # [N, D]
+                      labels: Tensor | None = None,  # [N]: pairs of one class
+                      pairs: int = 20_000, seed: int = 0) -> float:
+    "The mean distance of two different images, over random pairs."
+    x, _ = _two(features, features)
+    if labels is not None and len(labels) != len(x): raise LabError(f"{len(x)} images with {len(labels)} labels; expected a label for each")
+    kinds = torch.zeros(len(x), dtype=torch.long) if labels is None else labels.cpu().unique(return_inverse=True)[1]
+    order, count = kinds.argsort(stable=True), kinds.bincount()
+    start = count.cumsum(0) - count
+    paired = (count[kinds[order]] > 1).nonzero()[:, 0]  # places in `order`; an only image of its class has no partner
+    if not len(paired): raise LabError("no class has two images; a distance needs two")
+    draw = generator(seed, 79)
+    one = paired[torch.randint(len(paired), (pairs,), generator=draw)]
+    size, first = count[kinds[order[one]]], start[kinds[order[one]]]
+    step = 1 + (torch.rand(pairs, generator=draw, dtype=torch.float64) * (size - 1)).long()  # 1 to size - 1: another image of the class
+    two = first + (one - first + step) % size
+    return (x[order[one].to(x.device)] - x[order[two].to(x.device)]).norm(dim=1).mean().item()
+
+# %% ../nbs/06_fid.ipynb #c046
 @contextlib.contextmanager
 def exact_fp32(device):
     "fp32 as it is written: no TF32, no autocast."
@@ -375,7 +430,7 @@ def exact_fp32(device):
         setattr(where, name, before)
         torch.set_float32_matmul_precision(matmul)
 
-# %% ../nbs/06_fid.ipynb #c040
+# %% ../nbs/06_fid.ipynb #c047
 @dataclass
 class Extractor:
     "A judge: images in, fp32 features out."
@@ -387,6 +442,7 @@ class Extractor:
     channels: int = 3           # 3 takes grey images too
     size: int = 0               # side that images must have; 0 is any
     device: torch.device = torch.device("cpu")
+    head: Callable | None = None # features [N, dims] -> logits, where the judge is a classifier
 
     @property
     def metric(self) -> str: return "FID" if self.name == "inception" else f"{self.name}-FD"
@@ -415,15 +471,41 @@ def random_extractor(dims: int = 32, mode: str = "", channels: int = 3, seed: in
     digest = hashlib.sha256(w1.cpu().numpy().tobytes() + w2.cpu().numpy().tobytes()).hexdigest()
     return Extractor("random", dims, digest, net, mode, channels, device=torch.device(device))
 
+SHIPPED = Path(str(importlib.resources.files("drifting_kd"))) / "weights" # the package's own judges
+
+def _shipped_rows(folder: Path = SHIPPED) -> dict: return read_json(folder / "judges.json")["judges"] if (folder / "judges.json").exists() else {}
+
 def judge(source, device="cpu") -> Extractor: # what `models.frozen` makes or takes: a run, its name, a checkpoint file
-    "The features before the head of a frozen classifier."
+    "The features before the head of a frozen classifier; it bears a shipped judge's name only if it is that judge."
     if not isinstance(source, Frozen): source = frozen(source, device)
     if source.dtype != torch.float32: raise LabError(f"{source.name} is in {source.dtype}; a judge's numbers need fp32")
     head = getattr(source.model, "head", None)
     if not isinstance(head, nn.Linear): raise LabError(f"{source.name} has no linear head, so no features before it; use one of models.list_models()")
-    return Extractor(source.name, head.in_features, source.sha256, source.features, "", len(source.mean), source.image_size or 0, source.device)
+    named = _shipped_rows().get(source.name, {}).get("sha256", source.sha256) == source.sha256
+    return Extractor(source.name if named else f"{source.name}-{source.sha256[:8]}", head.in_features, source.sha256, source.features, "", len(source.mean), source.image_size or 0, source.device, head)
 
-# %% ../nbs/06_fid.ipynb #c043
+# %% ../nbs/06_fid.ipynb #c050
+STANDS_IN = {"cifar": "cifar10_jpeg", "cifar10": "cifar10_jpeg"} # data set -> judge trained on others
+
+def shipped_judges(folder: Path = SHIPPED) -> list[str]:
+    "The names that `shipped` knows."
+    return sorted(_shipped_rows(folder))
+
+def shipped(name: str, device="cpu", folder: Path = SHIPPED) -> Extractor:
+    "A judge of the package, after its file's sha256."
+    rows, path = _shipped_rows(folder), folder / f"{name}.pt"
+    if name not in rows: raise unknown("shipped judge", name, rows)
+    try: found = hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError as e: raise LabError(f"cannot read {path} ({e.strerror or e}); install drifting_kd again, or make it with nbs/evaluators.ipynb") from None
+    if found != rows[name]["file_sha256"]: raise LabError(f"{path} is damaged: its sha256 is {found[:12]}..., judges.json says {rows[name]['file_sha256'][:12]}...; install drifting_kd again, or make it with nbs/evaluators.ipynb")
+    return judge(path, device)
+
+def default_judge(dataset: str) -> str:
+    "The name of the judge of a data set: a shipped one, else Inception."
+    name = STANDS_IN.get(dataset, dataset)
+    return name if name in shipped_judges() else "inception"
+
+# %% ../nbs/06_fid.ipynb #c053
 WEIGHTS = { # file -> (address, sha256)
     "inception-2015-12-05.pt": ("https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/inception-2015-12-05.pt", "f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4"),
     "pt_inception-2015-12-05-6726825d.pth": ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth", "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2")}
@@ -454,7 +536,7 @@ def read_weights(name: str,            # a key of WEIGHTS
     with atomic_write(target) as f: f.write(content)
     return content
 
-# %% ../nbs/06_fid.ipynb #c044
+# %% ../nbs/06_fid.ipynb #c054
 def _pytorch_inception(content: bytes) -> nn.Module:
     "clean-fid's legacy network, filled from bytes that are already checked."
     import_torchvision()
@@ -482,7 +564,7 @@ def inception(mode: str = "clean",       # clean, legacy_tensorflow, legacy_pyto
         net = (lambda x: base(resize_for(x, mode), return_features=True)) if mode == "legacy_tensorflow" else (lambda x: base.layers((resize_for(x, mode) - 128) / 128).flatten(1))
     return Extractor("inception", 2048, hashlib.sha256(content).hexdigest(), net, mode, device=device)
 
-# %% ../nbs/06_fid.ipynb #c052
+# %% ../nbs/06_fid.ipynb #c062
 def vit(model: str = "vit_small_patch14_dinov2.lvd142m", # DINOv2; any vision transformer of timm
         weights: str | Path = "",  # a file of them; "" is timm's cache or a download
         size: int = 224,           # images are resized to (bicubic)
@@ -501,7 +583,7 @@ def vit(model: str = "vit_small_patch14_dinov2.lvd142m", # DINOv2; any vision tr
     digest = weights_sha256(net, tuple(net.pretrained_cfg["mean"]), tuple(net.pretrained_cfg["std"]))
     return Extractor(model.split(".")[0], net.num_features, digest, lambda x: net((bicubic(x, size) / 255 - mean) / std), "", device=device)
 
-# %% ../nbs/06_fid.ipynb #c055
+# %% ../nbs/06_fid.ipynb #c065
 EXTENSIONS = {".bmp", ".jpg", ".jpeg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 KEYS = ("x", "images", "arr_0")  # of a .npz
 
@@ -551,7 +633,7 @@ def _open(source, scale: str) -> tuple[int, Callable]:
     if whole.is_floating_point() and not scale and len(whole): scale = "signed" if whole.min() < 0 else "unit"  # for all of it, not batch by batch
     return len(whole), lambda rows: to_uint8(whole[torch.as_tensor(rows, device=whole.device)], scale)
 
-# %% ../nbs/06_fid.ipynb #c056
+# %% ../nbs/06_fid.ipynb #c066
 def images_of(source,               # tensor, array, Split, folder, .zip, .npz, .npy, or f(n, generator) -> images
               n: int = 0,           # how many; 0 is all (a sampler needs a number)
               batch_size: int = 256,
@@ -573,15 +655,17 @@ def images_of(source,               # tensor, array, Split, folder, .zip, .npz, 
     rows = range(total) if n in (0, total) else torch.randperm(total, generator=generator(seed))[:n].sort().values.tolist()
     for start in range(0, len(rows), batch_size): yield fetch(list(rows[start:start + batch_size]))
 
-# %% ../nbs/06_fid.ipynb #c061
-def as_extractor(extractor,        # an Extractor, "inception", "dinov2", "random", or what `judge` takes
+# %% ../nbs/06_fid.ipynb #c071
+def as_extractor(extractor,        # an Extractor, "inception", "dinov2", "random", a shipped judge's name, or what `judge` takes
                  mode: str = "",   # of Inception; "" is clean
                  device="auto") -> Extractor:
     "The judge that is meant."
     if mode and mode not in MODES: raise unknown("mode", mode, MODES)
     if extractor == "inception": return inception(mode or "clean", device=device)
     if extractor == "random": return random_extractor(mode=mode, device=choose_device(str(device)))
-    if not isinstance(extractor, Extractor): extractor = vit(device=device) if extractor == "dinov2" else judge(extractor, choose_device(str(device)))
+    if extractor == "dinov2": extractor = vit(device=device)
+    elif isinstance(extractor, str) and extractor in shipped_judges(): extractor = shipped(extractor, choose_device(str(device)))
+    elif not isinstance(extractor, Extractor): extractor = judge(extractor, choose_device(str(device)))
     if mode and mode != extractor.mode:
         raise LabError(f"mode={mode!r}, but {extractor.name} {f'resizes as {extractor.mode}' if extractor.mode else 'has no modes'}; leave mode out or take another extractor")
     return extractor
@@ -605,7 +689,7 @@ def reference_stats(source,                  # Stats, a .npz of them, or anythin
     for images in images_of(source, n, batch_size, seed, scale): moments.add(extractor(images))
     return Stats.from_moments(moments, extractor)
 
-# %% ../nbs/06_fid.ipynb #c064
+# %% ../nbs/06_fid.ipynb #c074
 @dataclass
 class Score:
     "A distance, and all that it takes to compare it."
@@ -635,7 +719,7 @@ class Score:
         against = f"{self.n_real:,}" if self.n_real else "an unknown number"
         return "\n".join([f"{self.metric} {self.value:.4g}{error} ({floor}); n={self.n_fake:,} against {against}; {judge}", *(f"  warning: {w}" for w in self.warnings)])
 
-# %% ../nbs/06_fid.ipynb #c065
+# %% ../nbs/06_fid.ipynb #c075
 def _halves(real: Stats, n: int, seed: int, division: int) -> tuple[Stats, Stats]:
     "The other real images, and n drawn at random."
     order = torch.randperm(len(real.features), generator=generator(seed, 77, division))
@@ -670,10 +754,10 @@ def _score(name: Callable, measure: Callable, key: tuple, real, fake, extractor,
     if not (real.extractor and real.sha256): notes.append("the reference does not say which judge made it; taken on trust")
     return Score(name(judge), value, low, spread, m, real.n, fake.n, judge.dims, judge.name, judge.sha256, judge.mode, error, std, notes)
 
-# %% ../nbs/06_fid.ipynb #c066
+# %% ../nbs/06_fid.ipynb #c076
 def fid(real,                    # Stats, a .npz of them, or anything that images_of takes
         fake,
-        extractor="inception",   # an Extractor, "inception", "dinov2", a frozen classifier or a run
+        extractor="inception",   # an Extractor, "inception", "dinov2", a shipped judge's name, a frozen classifier or a run
         mode: str = "",          # of Inception: clean (default), legacy_tensorflow, legacy_pytorch
         n: int = 0,              # how many fakes; 0 is all (a sampler needs a number)
         batch_size: int = 256, seed: int = 0,

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest, yaml
 from conftest import ROOT, losses, same_weights
 
-ORDER = "core < track, data, plots < models, generators < fid < train < analysis, report, diffusion < drift < kd < driftkd, evaluate, frameworks < sweep < cli"
+ORDER = "core < track, data, plots < models, generators < fid < train < analysis, report, diffusion < drift < kd < driftkd, judges < evaluate, frameworks < sweep < cli"
 LEVEL = {name: level for level, names in enumerate(ORDER.split(" < ")) for name in names.split(", ")}
 NOTEBOOKS = sorted(p for p in (ROOT / "nbs").glob("*.ipynb") if p.name[0] not in "_.")
 LIBRARY, EXPERIMENTS = [p for p in NOTEBOOKS if p.name[0].isdigit()], [p for p in NOTEBOOKS if not p.name[0].isdigit()]
