@@ -29,7 +29,8 @@ __all__ = ['MEASURES', 'KEPT', 'LPIPS_TRUNKS', 'CLIP_MEAN', 'CLIP_STD', 'PRDC_IM
            'check_fits', 'gather_moments', 'Sampled', 'sample_stats', 'Reference', 'reference_of', 'baselines',
            'prompt_accuracy', 'sample_diversity', 'lpips_network', 'lpips_diversity', 'load_clip', 'clip_score', 'slug',
            'class_captions', 'scores', 'read_rows', 'same_settings', 'find_row', 'write_row', 'distance_of', 'best_row',
-           'distance_vs_step', 'neighbours_grid']
+           'distance_vs_step', 'neighbours_grid', 'Evaluation', 'Evaluator', 'preview', 'evaluate', 'judge_for',
+           'stats_of']
 
 # %% ../nbs/14_evaluate.ipynb #c005
 MEASURES = ("kid", "prdc", "infinity", "clip", "lpips")
@@ -577,3 +578,208 @@ def neighbours_grid(fakes, real,          # images [N, ...], and the nearest tra
     ax.grid(False), ax.spines[:].set_visible(False), ax.tick_params(length=0)
     ax.set_title(f"Samples lie {ratio:.2f} times as far from training images as test images do{': do they copy?' if ratio < .7 else ''}" if math.isfinite(ratio) else "Samples and their nearest training images")
     return fig
+
+# %% ../nbs/14_evaluate.ipynb #c043
+@dataclass
+class Evaluation:
+    "What `evaluate` found."
+    folder: Path                                     # eval/
+    rows: list                                       # of these checkpoints and settings, as text
+    new: list = field(default_factory=list)          # names of the checkpoints that were evaluated now
+    artifacts: list = field(default_factory=list)    # folders of the checkpoints
+
+    @property
+    def best(self) -> dict | None: return best_row(self.rows)
+
+class Evaluator:
+    "A configuration, checked and loaded; `run` does the work."
+    def __init__(self, cfg: EvaluateConfig):
+        self.cfg, self.device = cfg, choose_device(cfg.device)
+        self.rank, self.world = _join(self.device.type == "cpu")
+        if self.world > 1 and self.device.type == "cuda":
+            self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+            torch.cuda.set_device(self.device)
+        seed_everything(cfg.seed)
+        self.paths = find_checkpoints(cfg.checkpoint)
+        self.folder = home_of(self.paths[0]) / "eval"
+        first = open_subject(self.paths[0], cfg.ema)
+        name = cfg.dataset or first.config.get("dataset", "")
+        if not name: raise LabError(f"{first.path} does not say which data it was trained on; give dataset=")
+        self.data = load_dataset(name, cfg.data_root or first.config.get("data_root", ""), first.config.get("image_size", 0), val_fraction=0)
+        use_threads(cfg.threads, self.data.image_size)
+        for i, path in enumerate(self.paths):
+            subject = open_subject(path, cfg.ema) if i else first
+            check_fits(subject, self.data)
+            used_alpha(subject.model, cfg.alpha)
+        self._judge()
+
+    def _judge(self) -> None:
+        cfg, name = self.cfg, self.cfg.extractor or default_judge(self.data.name)
+        if name != "inception" and cfg.fid_mode != "clean": raise LabError(f"fid_mode={cfg.fid_mode!r}, but {name} has no modes; leave it out, or use extractor='inception'")
+        self.judge = as_extractor(name, cfg.fid_mode if name == "inception" else "", self.device)
+        self.judge(self.data.test.images[:2])
+        self.real = load_stats(cfg.reference, self.judge) if cfg.reference else None
+        words = split_words(cfg.metrics)
+        self.networks = {k: load() for k, load in dict(lpips=lambda: lpips_network("alex", self.device), clip=lambda: load_clip(cfg.clip_model, self.device)).items() if k in words}
+
+    def settings(self, subject: Subject) -> dict:
+        "What the numbers of a checkpoint depend on."
+        cfg, data = self.cfg, f"{self.data.sha256}|{splits_hash(self.data)}|{self.data.image_size}"
+        content = data if self.real is None else repr((self.real.mu.tolist(), self.real.sigma.sum(1).tolist()))
+        return dict(dataset=self.data.name, num_samples=cfg.num_samples, alpha=used_alpha(subject.model, cfg.alpha), seed=cfg.seed, extractor=self.judge.name, mode=self.judge.mode, judge_sha256=self.judge.sha256,
+                    dataset_split=cfg.dataset_split, reference=Path(cfg.reference).name if cfg.reference else f"{self.data.name}:{cfg.dataset_split}", reference_sha256=hashlib.sha256(content.encode()).hexdigest()[:16], ema=subject.ema)
+
+    def row(self, subject: Subject) -> dict:
+        "What a row begins with, before anything is measured."
+        context = {k: subject.metrics.get(f"train/{k}", subject.metrics.get(k)) for k in CONTEXT}
+        return dict(checkpoint=subject.name, checkpoint_name=subject.path.stem, epoch=subject.epoch, step=subject.step, batch_size=self.cfg.batch_size, model_sha256=subject.sha256) | self.settings(subject) | context
+
+# %% ../nbs/14_evaluate.ipynb #c044
+def _claim(folder: Path, base: str, settings: dict) -> Path:
+    "The folder of a checkpoint under these settings: `base`, or with a suffix where that belongs to other settings."
+    digest = hashlib.sha256(repr(sorted((k, _cell(v)) for k, v in settings.items())).encode()).hexdigest()
+    folder.mkdir(parents=True, exist_ok=True)
+    with _locked(folder / ".table.lock"):
+        for path in (folder / base, folder / f"{base}-{digest[:8]}"):
+            if not path.exists():
+                path.mkdir()
+                with atomic_write(path / ".settings", "w") as f: f.write(digest)
+            if (path / ".settings").exists() and (path / ".settings").read_text() == digest: return path
+    raise LabError(f"{path} is not an evaluation of ours; move it away")
+
+def _write_png(folder: Path) -> Callable:
+    "Images as generated/000000.png and on."
+    from PIL import Image
+    folder.mkdir(exist_ok=True)
+    def see(i: int, images: Tensor) -> None:
+        for k, image in enumerate(images.cpu().numpy(), i): Image.fromarray(image.squeeze(-1) if image.shape[-1] == 1 else image).save(folder / f"{k:06d}.png")
+    return see
+
+def preview(s: Sampled, classes: list, title: str) -> Figure:
+    "The first samples, a row a class."
+    if s.labels is None: return image_grid(s.images[:64], title=title)
+    fig = class_grid(types.SimpleNamespace(images=s.images, labels=s.labels[:len(s.images)]), classes, 8)
+    fig.axes[0].set_title(title)
+    return fig
+
+def _draw_table(path: Path) -> None:
+    "fid_vs_step.png beside the table, from all of its rows."
+    with _locked(path.parent / ".table.lock"): save_figure(distance_vs_step(read_rows(path)), path.parent / "fid_vs_step.png")
+
+class _Told:
+    "One tracker run for one call of `evaluate`; made with the first result."
+    def __init__(self, cfg: EvaluateConfig, home: Path):
+        self.cfg, self.path, self.tracker = cfg, home if (home / "config.json").exists() else home / "eval", None
+
+    def log(self, row: dict, s: Sampled, classes: list) -> None:
+        if self.tracker is None: self.tracker = start_tracker(self.cfg.tracker, Run.join(self.cfg, "evaluate", str(self.path), False), plain(self.cfg), job="evaluate")
+        numbers = {f"eval/{k}": v for k, v in row.items() if k not in (*SETTINGS, *CONTEXT, "epoch", "step", "batch_size") and isinstance(v, float) and math.isfinite(v)}
+        self.tracker.log(numbers, row["step"])
+        self.tracker.images("eval/samples", s.images[:16], class_captions(classes, s.labels[:16]) if s.labels is not None else [f"sample {i}" for i in range(len(s.images[:16]))], row["step"])
+
+    def finish(self, best: dict | None) -> None:
+        if self.tracker is None: return
+        if best: self.tracker.summary({"eval/best_checkpoint": best["checkpoint"], "eval/best_step": _float(best, "step"), f"eval/best_{slug(distance_of(best)[0])}": distance_of(best)[1]} | {k: best[k] for k in SETTINGS})
+        self.tracker.finish()
+
+# %% ../nbs/14_evaluate.ipynb #c045
+def _one(e: Evaluator, subject: Subject, row: dict, words: list, artifact: Path, told: _Told) -> dict:
+    "Sample, score and write down one checkpoint."
+    cfg, began = e.cfg, time.perf_counter()
+    labels = labels_like(getattr(e.data, cfg.dataset_split).labels, cfg.num_samples, cfg.seed) if subject.model.num_classes else None
+    if cfg.save_images and not (artifact / ".state").exists(): shutil.rmtree(artifact / "generated", ignore_errors=True)
+    see = _write_png(artifact / "generated") if cfg.save_images else None
+    s = sample_stats(subject.model, e.judge, labels, cfg.num_samples, row["alpha"], cfg.seed, cfg.batch_size, artifact / ".state", cfg.save_every, see, (e.rank, e.world))
+    if e.rank: return {}
+    ref, sampled_at = reference_of(e.data, e.judge), time.perf_counter()
+    found, score, remarks = scores(s, ref, cfg, words, e.real, e.networks)
+    seconds = dict(sampling=s.seconds, scoring=time.perf_counter() - sampled_at)
+    row = row | found | dict(eval_seconds=sum(seconds.values()), metrics=" ".join(words))
+    title = f"{subject.path.stem}, step {subject.step:,}: {score.metric} {score.value:.3g}" + (f" (real against real {score.floor:.3g})" if score.floor is not None else "")
+    save_figure(preview(s, e.data.classes, title), artifact / "preview.png")
+    _, near = nearest(s.stats.features[:10], ref.train.features)
+    captions = [str(e.data.classes[c]) for c in s.labels[:10].tolist()] if s.labels is not None else [""] * len(near)
+    save_figure(neighbours_grid(s.images[:10], e.data.train.images[near[:, 0]], found["nearest_ratio"], captions), artifact / "neighbours.png")
+    write_json(artifact / "eval_metadata.json", dict(
+        checkpoint=subject.name, run_config=subject.config, model=dict(name=model_name(subject.model), parameters=count_parameters(subject.model), sha256=subject.sha256, ema=subject.ema, **subject.spec), evaluation=plain(cfg),
+        seed=cfg.seed, torch_initial_seed=torch.initial_seed(), scores=row, metric=score.metric, value=score.value, seconds=seconds, continued_from=s.continued, processes=e.world,
+        judge=dict(name=e.judge.name, mode=e.judge.mode, dims=e.judge.dims, sha256=e.judge.sha256), reference=dict(name=row["reference"], sha256=row["reference_sha256"], n=score.n_real), remarks=remarks,
+        environment=environment(cfg.seed, e.device)))
+    write_row(e.folder / "fid_metrics.csv", row)
+    _draw_table(e.folder / "fid_metrics.csv")
+    told.log(row, s, e.data.classes)
+    if cfg.cleanup_samples and not cfg.save_images: shutil.rmtree(artifact / "generated", ignore_errors=True)
+    print("\n".join([f"{subject.name}: {score}", *(f"  remark: {r}" for r in remarks if r not in score.warnings), f"  {time.perf_counter() - began:.1f} s" + (f", {s.continued:,} samples of an evaluation that was stopped" if s.continued else "")]), flush=True)
+    return row
+
+def _plan(e: Evaluator, subject: Subject, row: dict) -> tuple:
+    "Is it measured already? Else the words to measure, the folder, and its lock."
+    old = find_row(read_rows(e.folder / "fid_metrics.csv"), row)
+    words, same = split_words(e.cfg.metrics), bool(old) and old.get("model_sha256") == subject.sha256
+    before = split_words(old.get("metrics", "")) if same else []
+    if same and e.cfg.skip_existing and set(words) <= set(before): return "measured already", [], None, None
+    words = list(dict.fromkeys([*words, *(w for w in before if w not in ("clip", "lpips") and w in MEASURES)]))  # those two need networks that are not loaded
+    artifact = _claim(e.folder, f"{subject.path.stem}_step{subject.step}", e.settings(subject))
+    handle = _lock(artifact / ".lock")
+    return ("" if handle else "another process is at it"), words, artifact, handle
+
+def evaluate(cfg: EvaluateConfig) -> Evaluation:
+    "Score checkpoints; what is in the table already is left out, and what was killed continues."
+    e = Evaluator(cfg)
+    told, result = _Told(cfg, e.folder.parent), Evaluation(e.folder, [])
+    try:
+        for path in e.paths:
+            subject = open_subject(path, cfg.ema, e.device)
+            row = e.row(subject)
+            plan = _plan(e, subject, row) if e.rank == 0 else ()
+            why, words, artifact = _gathered(plan[:3], e.world)[0]
+            if row["alpha"] != cfg.alpha and e.rank == 0: print(f"{subject.name}: a generator without guidance, so alpha is {row['alpha']:g}, not {cfg.alpha:g}")
+            if why:
+                if e.rank == 0: print(f"{subject.name}: {why}", flush=True)
+                continue
+            try: _one(e, subject, row, words, artifact, told)
+            finally:
+                if e.rank == 0: plan[3].close()
+            if e.rank == 0: shutil.rmtree(artifact / ".state", ignore_errors=True)
+            result.new.append(subject.name)
+            result.artifacts.append(artifact)
+        rows, kinds = read_rows(e.folder / "fid_metrics.csv"), [e.row(open_subject(p, cfg.ema)) for p in e.paths]
+        result.rows = [r for k in kinds if (r := find_row(rows, k))]
+        best = result.best
+        if best and e.rank == 0: print(f"best of {len(result.rows)}: {best['checkpoint']} (step {best['step']}), {distance_of(best)[0]} {distance_of(best)[1]:.4g}")
+        told.finish(best)
+    finally:
+        if told.tracker: told.tracker.finish()
+    return result
+
+# %% ../nbs/14_evaluate.ipynb #c054
+def _dataset_split(text: str) -> tuple[str, str] | None:
+    name, colon, split = text.partition(":")
+    if Path(text).exists() or not colon or "/" in text: return None
+    if split not in ("train", "test"): raise LabError(f"{text}: expected {name}:train or {name}:test")
+    return name, split
+
+def _run_of(text: str) -> Path | None:
+    "The checkpoint that a run or a .pt file means."
+    path = next((p for p in (Path(text), runs_folder() / text) if p.exists()), None)
+    return None if path is None or not ((path / "config.json").exists() or path.suffix == ".pt") else find_checkpoints(str(path))[-1]
+
+def judge_for(sources: list[str], extractor: str = "", mode: str = "", device="auto") -> Extractor:
+    "The judge that is asked for, else that of a statistics file or of the data set among the sources, else Inception."
+    for text in sources if not extractor else ():
+        if found := _dataset_split(text): extractor = default_judge(found[0])
+        elif path := _run_of(text): extractor = default_judge(load_checkpoint(path)["config"].get("dataset", ""))
+        elif text.endswith(".npz") and Path(text).is_file() and "mu" in np.load(text, allow_pickle=False): extractor, mode = (s := load_stats(text)).extractor, mode or s.mode
+        if extractor: break
+    return as_extractor(extractor or "inception", mode, device)
+
+def stats_of(text: str,            # digits:test, a run, a .pt file, a folder, .zip, .npz or .npy
+             judge: Extractor,
+             n: int = 0,           # how many images; 0 is all, of a generator 10,000
+             alpha: float = 1.5, seed: int = 42, batch_size: int = 256, data_root: str = "") -> Stats:
+    "What a judge sees in whatever a name means; with features, where there are images."
+    if found := _dataset_split(text): return reference_stats(getattr(load_dataset(found[0], data_root, val_fraction=0), found[1]), judge, n, batch_size, seed, keep=True)
+    if not (path := _run_of(text)): return reference_stats(text, judge, n, batch_size, seed, keep=True)
+    subject = open_subject(path, device=judge.device)
+    labels = labels_like(load_dataset(subject.config["dataset"], data_root or subject.config.get("data_root", ""), val_fraction=0).train.labels, n or 10_000, seed) if subject.model.num_classes else None
+    return sample_stats(subject.model, judge, labels, n or 10_000, used_alpha(subject.model, alpha), seed, batch_size).stats
