@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from .core import (LabError, Parameters, Run, _lock, atomic_write, choose_device, environment, environ, generator, list_runs, need, param, plain, project_root, read_json, run_state, runs_folder,
                               seed_everything, split_words, unknown, write_json)
 from .data import Dataset, Split, load_dataset, splits_hash
-from .fid import (MODES, Extractor, Moments, Score, Stats, as_extractor, bicubic, class_gaussians, class_means, default_judge, exact_fp32, fd_infinity, feature_diversity, fid, kid, load_stats, nearest,
+from .fid import (MODES, Extractor, Moments, Score, Stats, as_extractor, bicubic, class_gaussians, class_means, _holds_stats, default_judge, exact_fp32, fd_infinity, feature_diversity, fid, kid, load_stats, nearest,
                              nearest_ratio, prdc, reference_stats, to_rgb, to_uint8, variance_ratio)
 from .generators import check_alpha, labels_like, sample_batches
 from .models import checkpoint_model, count_parameters, load_checkpoint, model_name, rebuild, weights_sha256
@@ -29,8 +29,8 @@ __all__ = ['MEASURES', 'KEPT', 'LPIPS_TRUNKS', 'CLIP_MEAN', 'CLIP_STD', 'PRDC_IM
            'check_fits', 'gather_moments', 'Sampled', 'sample_stats', 'Reference', 'reference_of', 'baselines',
            'prompt_accuracy', 'sample_diversity', 'lpips_network', 'lpips_diversity', 'load_clip', 'clip_score', 'slug',
            'class_captions', 'scores', 'read_rows', 'same_settings', 'find_row', 'write_row', 'distance_of', 'best_row',
-           'distance_vs_step', 'neighbours_grid', 'Evaluation', 'Evaluator', 'preview', 'evaluate', 'judge_for',
-           'stats_of']
+           'distance_vs_step', 'score_table', 'neighbours_grid', 'Evaluation', 'Evaluator', 'preview', 'evaluate',
+           'judge_for', 'stats_of']
 
 # %% ../nbs/14_evaluate.ipynb #c005
 MEASURES = ("kid", "prdc", "infinity", "clip", "lpips")
@@ -436,7 +436,7 @@ def scores(s: Sampled, ref: Reference, cfg: EvaluateConfig, words: list = (), re
 # %% ../nbs/14_evaluate.ipynb #c033
 HEAD = "checkpoint checkpoint_name dataset epoch step num_samples batch_size alpha seed eval_seconds extractor mode fid".split()
 MIDDLE = ("kid kid_std kid_error floor floor_std floor_n to_train to_test fd_infinity precision recall density coverage prompt_accuracy variance_ratio nearest_ratio baseline_class_means baseline_class_gaussians "
-          "sample_diversity feature_diversity lpips_diversity clip_score judge_sha256 dataset_split reference reference_sha256 ema model_sha256 metrics").split()
+          "sample_diversity feature_diversity lpips_diversity clip_score judge_sha256 dataset_split reference reference_sha256 ema model_sha256 metrics artifact").split()
 CONTEXT = "loss drift_norm grad_norm feature_dist_mean feature_dist_var avg_loss avg_drift_norm".split()
 SETTINGS = "dataset num_samples alpha seed extractor mode judge_sha256 dataset_split reference reference_sha256 ema".split()  # numbers compare where these agree
 
@@ -562,6 +562,14 @@ def distance_vs_step(rows: list[dict], # of a fid_metrics.csv
     fig = Picture(figsize=(7, 3 * len(kinds)), layout="constrained")
     for ax, (kind, some) in zip(fig.subplots(len(kinds), 1, squeeze=False).flat, kinds.items()): ax.set_title(_distance_panel(ax, ", ".join(kind), some))
     return fig
+
+def score_table(rows: list[dict]):
+    "DataFrame of what was measured, a column a checkpoint, numbers rounded."
+    import pandas as pd
+    own = [k for k in dict.fromkeys(k for r in rows for k in r) if k.endswith(("_fd", "_kid"))]
+    names = [*"step num_samples alpha seed extractor mode reference fid".split(), *own, *MIDDLE[:MIDDLE.index("judge_sha256")], "eval_seconds"]
+    def shown(v): return v if not re.fullmatch(r"-?\d*\.\d+(e-?\d+)?", v) else f"{float(v):.4g}"
+    return pd.DataFrame({r["checkpoint_name"]: {k: shown(r.get(k) or "nan") for k in names if any(q.get(k) not in (None, "", "nan") for q in rows)} for r in rows})
 
 @_styled
 def neighbours_grid(fakes, real,          # images [N, ...], and the nearest training image to each [N, ...]
@@ -694,7 +702,7 @@ def _one(e: Evaluator, subject: Subject, row: dict, words: list, artifact: Path,
     ref, sampled_at = reference_of(e.data, e.judge), time.perf_counter()
     found, score, remarks = scores(s, ref, cfg, words, e.real, e.networks)
     seconds = dict(sampling=s.seconds, scoring=time.perf_counter() - sampled_at)
-    row = row | found | dict(eval_seconds=sum(seconds.values()), metrics=" ".join(words))
+    row = row | found | dict(eval_seconds=sum(seconds.values()), metrics=" ".join(words), artifact=artifact.name)
     title = f"{subject.path.stem}, step {subject.step:,}: {score.metric} {score.value:.3g}" + (f" (real against real {score.floor:.3g})" if score.floor is not None else "")
     save_figure(preview(s, e.data.classes, title), artifact / "preview.png")
     _, near = nearest(s.stats.features[:10], ref.train.features)
@@ -752,7 +760,7 @@ def evaluate(cfg: EvaluateConfig) -> Evaluation:
         if told.tracker: told.tracker.finish()
     return result
 
-# %% ../nbs/14_evaluate.ipynb #c054
+# %% ../nbs/14_evaluate.ipynb #c055
 def _dataset_split(text: str) -> tuple[str, str] | None:
     name, colon, split = text.partition(":")
     if Path(text).exists() or not colon or "/" in text: return None
@@ -764,12 +772,13 @@ def _run_of(text: str) -> Path | None:
     path = next((p for p in (Path(text), runs_folder() / text) if p.exists()), None)
     return None if path is None or not ((path / "config.json").exists() or path.suffix == ".pt") else find_checkpoints(str(path))[-1]
 
-def judge_for(sources: list[str], extractor: str = "", mode: str = "", device="auto") -> Extractor:
+def judge_for(sources: list[str], extractor: str = "", mode: str = "", device="auto", data_root: str = "") -> Extractor:
     "The judge that is asked for, else that of a statistics file or of the data set among the sources, else Inception."
     for text in sources if not extractor else ():
-        if found := _dataset_split(text): extractor = default_judge(found[0])
+        if found := _dataset_split(text):
+            if (extractor := default_judge(found[0])) == "inception": load_dataset(found[0], data_root)  # a misspelt name is not a matter of Inception's weights
         elif path := _run_of(text): extractor = default_judge(load_checkpoint(path)["config"].get("dataset", ""))
-        elif text.endswith(".npz") and Path(text).is_file() and "mu" in np.load(text, allow_pickle=False): extractor, mode = (s := load_stats(text)).extractor, mode or s.mode
+        elif _holds_stats(text): extractor, mode = (s := load_stats(text)).extractor, mode or s.mode
         if extractor: break
     return as_extractor(extractor or "inception", mode, device)
 
