@@ -11,7 +11,7 @@ from .sweep import compare, expand, load_matrix, load_study, load_yaml, run_swee
 
 # %% auto #0
 __all__ = ['KEY_METRICS', 'find_notebook', 'declared', 'cast', 'parameters', 'execute', 'run_command', 'table', 'notebook_of',
-           'runs_command', 'sweep_command', 'compare_command', 'parser', 'main']
+           'runs_command', 'sweep_command', 'compare_command', 'fid_command', 'reference_command', 'parser', 'main']
 
 # %% ../nbs/17_cli.ipynb #c005
 def find_notebook(name: str) -> Path:
@@ -192,6 +192,33 @@ def compare_command(args) -> int:
     return 0
 
 # %% ../nbs/17_cli.ipynb #c017
+def fid_command(args) -> int:
+    from drifting_kd.evaluate import judge_for, stats_of
+    from drifting_kd.fid import fid, kid
+    judge = judge_for([args.real, args.fake], args.extractor, args.mode, args.device)
+    settings = dict(alpha=args.alpha, seed=args.seed, data_root=args.data_root)
+    real, fake = stats_of(args.real, judge, **settings), stats_of(args.fake, judge, args.n, **settings)
+    print(fid(real, fake, judge, seed=args.seed))
+    if args.kid: print(kid(real, fake, judge, seed=args.seed))
+    return 0
+
+def reference_command(args) -> int:
+    from drifting_kd.evaluate import judge_for, stats_of
+    if not args.output.endswith(".npz"): raise LabError(f"{args.output}: expected a name that ends in .npz")
+    source = f"{args.dataset}:{args.split}"
+    stats = stats_of(source, judge_for([source], args.extractor, args.mode, args.device), data_root=args.data_root)
+    Path(args.output).parent.mkdir(parents=True, exist_ok=True)
+    stats.save(args.output, features=not args.no_features)
+    print(f"{_show(Path(args.output))}: {source}, {stats.n:,} images; {stats.extractor}{', ' + stats.mode if stats.mode else ''}, {stats.dims} dimensions, sha256 {stats.sha256[:12]}")
+    return 0
+
+def _add_judge(p) -> None:
+    p.add_argument("--extractor", default="", metavar="JUDGE", help="inception, dinov2, a shipped judge or a run (default: the data set's shipped judge, else inception)")
+    p.add_argument("--mode", default="", help="of inception: clean, legacy_tensorflow or legacy_pytorch")
+    p.add_argument("--device", default="auto")
+    p.add_argument("--data-root", default="", metavar="FOLDER", help="where data sets are (default: DKD_DATA, else data/)")
+
+# %% ../nbs/17_cli.ipynb #c019
 def parser() -> argparse.ArgumentParser:
     whole = argparse.ArgumentParser(prog="dkd", description="Run experiment notebooks with checked parameters, and see what they made.")
     commands = whole.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -216,6 +243,22 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--dry-run", action="store_true", help="list the tuning runs and stop")
     p.add_argument("--workers", type=int, default=1, metavar="N", help="runs at a time")
     p.set_defaults(do=compare_command)
+    p = commands.add_parser("fid", help="distance between two sets of images, with its floor: dkd fid digits:test RUN")
+    p.add_argument("real", metavar="A", help="the real images: digits:test, a folder, .zip, .npz, ...")
+    p.add_argument("fake", metavar="B", help="the others; also a run of a generator or a checkpoint")
+    p.add_argument("--n", type=int, default=0, metavar="N", help="how many of B (default: all; 10,000 of a generator)")
+    p.add_argument("--alpha", type=float, default=1.5, help="guidance strength of a generator")
+    p.add_argument("--seed", type=int, default=42)
+    p.add_argument("--kid", action="store_true", help="the kernel distance, too")
+    _add_judge(p)
+    p.set_defaults(do=fid_command)
+    p = commands.add_parser("reference", help="write the statistics of a data set as a .npz: dkd reference digits digits.npz")
+    p.add_argument("dataset", help="digits, mnist, cifar10, ... or an npz in the data folder")
+    p.add_argument("output", metavar="OUT.npz")
+    p.add_argument("--split", choices=("train", "test"), default="train")
+    p.add_argument("--no-features", action="store_true", help="a small file: no floor, KID or neighbours from it")
+    _add_judge(p)
+    p.set_defaults(do=reference_command)
     return whole
 
 def main(argv: list[str] | None = None) -> int:
@@ -228,5 +271,5 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     except KeyboardInterrupt: print("\ndkd: interrupted; what was checkpointed is kept: give the same command again (dkd run: with -p resume True)", file=sys.stderr); return 130
 
-# %% ../nbs/17_cli.ipynb #c018
+# %% ../nbs/17_cli.ipynb #c020
 if __name__ == "__main__" and "__file__" in globals(): sys.exit(main())
