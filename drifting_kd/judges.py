@@ -124,7 +124,8 @@ def study(judge: Extractor, data: Dataset,
         found["blur"].append([from_real(judge(blurred(step)) if step else features[:n]) for step in range(len(KINDS["blur"][1]))])
         found["dropped"].append([from_real(features[kept_classes(split.labels, n, s, draw)]) for s in KINDS["dropped"][1]])
         found["collapse"].append([from_real(features[collapsed(split.labels, n, k)]) for k in KINDS["collapse"][1]])
-    baselines = {name: judged(judge, data, make(data.train.images, data.train.labels, data.test.labels[:n]), data.test.labels[:n], real) for name, make in (("class means", class_means), ("Gaussian per class", class_gaussians))}
+    asked = data.train.labels.sort().values[torch.linspace(0, len(data.train) - 1, n).round().long()]  # classes in the proportions of the training split
+    baselines = {name: judged(judge, data, make(data.train.images, data.train.labels, asked), asked, real) for name, make in (("class means", class_means), ("Gaussian per class", class_gaussians))}
     floors = [row[0] for row in found["noise"]]
     return dict(judge=judge.name, metric=judge.metric, sha256=judge.sha256, dataset=data.name, n=n, n_real=len(data.train), classes=len(data.classes), draws=draws, floor=float(np.mean(floors)), floor_std=float(np.std(floors)),
                 kinds={kind: dict(unit=KINDS[kind][0], steps=list(KINDS[kind][1]), distances=rows) for kind, rows in found.items()}, baselines=baselines)
