@@ -46,8 +46,8 @@ class Generator(nn.Module):
         self.condition = Condition(width, num_classes, alpha_range)
 
     def image(self, x: Tensor) -> Tensor:
-        "Cropped to the image, with its bias, saturated; in fp32, since bf16 has no number between .9961 and 1."
-        return (x[..., :self.image_shape[1], :self.image_shape[2]].float() + self.bias).tanh()
+        "Cropped to the image, with its bias, saturated; in fp32 as the bias is, since bf16 has no number between .9961 and 1."
+        return (x[..., :self.image_shape[1], :self.image_shape[2]] + self.bias).tanh()
 
     @torch.no_grad()
     def set_mean(self, mean: Tensor) -> None: # [C, H, W] in [-1, 1], such as the mean training image
@@ -66,7 +66,7 @@ class MLP(Generator):
     def forward(self, noise: Tensor, labels: Tensor | None = None, alpha: Tensor | float = 1.) -> Tensor:
         x = self.stem(noise) + self.condition(len(noise), labels, alpha)
         for block in self.blocks: x = x + block(x)
-        return self.out(self.norm(x)).float().tanh().view(-1, *self.image_shape)  # in fp32: bf16 has no number between .9961 and 1
+        return self.out(self.norm(x)).float().tanh().view(-1, *self.image_shape)  # in fp32, see `image`
 
     @torch.no_grad()
     def set_mean(self, mean: Tensor) -> None: self.out.bias.copy_(mean.clamp(-.999, .999).atanh().flatten())
