@@ -46,8 +46,8 @@ class Generator(nn.Module):
         self.condition = Condition(width, num_classes, alpha_range)
 
     def image(self, x: Tensor) -> Tensor:
-        "Cropped to the image, with its bias, saturated; in fp32, since bf16 has no number between .9961 and 1."
-        return (x[..., :self.image_shape[1], :self.image_shape[2]].float() + self.bias).tanh()
+        "Cropped to the image, with its bias, saturated; in fp32 as the bias is, since bf16 has no number between .9961 and 1."
+        return (x[..., :self.image_shape[1], :self.image_shape[2]] + self.bias).tanh()
 
     @torch.no_grad()
     def set_mean(self, mean: Tensor) -> None: # [C, H, W] in [-1, 1], such as the mean training image
@@ -66,7 +66,7 @@ class MLP(Generator):
     def forward(self, noise: Tensor, labels: Tensor | None = None, alpha: Tensor | float = 1.) -> Tensor:
         x = self.stem(noise) + self.condition(len(noise), labels, alpha)
         for block in self.blocks: x = x + block(x)
-        return self.out(self.norm(x)).float().tanh().view(-1, *self.image_shape)  # in fp32: bf16 has no number between .9961 and 1
+        return self.out(self.norm(x)).float().tanh().view(-1, *self.image_shape)  # in fp32, see `image`
 
     @torch.no_grad()
     def set_mean(self, mean: Tensor) -> None: self.out.bias.copy_(mean.clamp(-.999, .999).atanh().flatten())
@@ -348,8 +348,10 @@ def create_mae(channels: int = 1, image_size: int = 8,
               ) -> MaskedAutoencoder:
     "A masked autoencoder with fresh weights from torch's global seed; `model.spec` is all that `rebuild` needs."
     kwargs = dict(channels=channels, image_size=image_size, widths=list(widths), blocks=blocks, patch=patch, masked=masked, num_classes=num_classes)
-    for key, value, least in (("channels", channels, 1), ("image_size", image_size, 4), ("blocks", blocks, 1), ("patch", patch, 0), ("num_classes", num_classes, 0), *(("widths", w, 1) for w in widths)):
-        if not isinstance(value, int) or isinstance(value, bool) or value < least: raise LabError(f"{key}={kwargs[key]!r}: expected {'whole numbers' if key == 'widths' else 'a whole number'} of at least {least}")
+    least = dict(channels=1, image_size=4, blocks=1, patch=0, num_classes=0, widths=1)
+    for key, value in [(k, kwargs[k]) for k in least if k != "widths"] + [("widths", w) for w in widths]:
+        if isinstance(value, int) and not isinstance(value, bool) and value >= least[key]: continue
+        raise LabError(f"{key}={kwargs[key]!r}: expected {'whole numbers' if key == 'widths' else 'a whole number'} of at least {least[key]}")
     if not widths: raise LabError("widths=[]: expected a number a stage, such as 32, 64, 128")
     if patch * 2 > image_size: raise LabError(f"patch={patch} with images of {image_size} pixels: expected at most {image_size // 2}, so that something is left to see")
     if not 0 < masked < 1: raise LabError(f"masked={masked!r}: expected a share between 0 and 1")
