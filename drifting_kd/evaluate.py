@@ -534,7 +534,7 @@ def _distance_panel(ax, metric: str, rows: list[dict]) -> str:
         if not points: continue
         ax.plot(*zip(*points), marker="o", markersize=4, color=colour)
         last = g[-1]
-        for key, style, what in (("floor", "-", "real against real"), ("baseline_class_gaussians", ":", "Gaussian a class")):
+        for key, style, what in (("floor", "-", "real against real"), ("baseline_class_gaussians", ":", "Gaussian of each class")):
             if math.isfinite(level := _float(last, key)):
                 ax.axhline(level, color="grey" if len(groups) == 1 else colour, linestyle=style, linewidth=1, alpha=.8)
                 if len(groups) == 1: ends.append((what, points[-1][0], level, "grey"))
@@ -547,7 +547,7 @@ def _distance_panel(ax, metric: str, rows: list[dict]) -> str:
     best = best_row(groups[0])
     if best is None: return f"{metric}: nothing measured"
     (_, value), floor, gauss = distance_of(best), _float(best, "floor"), _float(best, "baseline_class_gaussians")
-    words = f", {value / floor:.1f} times real against real" if floor > 0 else ""
+    words = f", {value / floor:.3g} times real against real" if floor > 0 else ""
     words += "" if math.isnan(gauss) else f", {'better' if value < gauss else 'no better'} than Gaussians"
     return f"{metric} is lowest at step {_float(best, 'step'):,.0f}: {value:.3g}{words}"
 
