@@ -14,9 +14,9 @@ from .fid import exact_fp32
 from .plots import COLOURS, Picture, _array, _styled
 
 # %% auto #0
-__all__ = ['BLOCK', 'WINDOWS', 'OWN_ENCODERS', 'compute_V', 'drift_loss', 'multi_scale', 'Encoder', 'load_encoder', 'MaeConfig',
-           'Reconstruct', 'own_encoder', 'Reals', 'draw_alpha', 'guidance_weight', 'DriftConfig', 'Draw', 'Draws',
-           'Drift', 'in_training_judge', 'drifter']
+__all__ = ['BLOCK', 'WINDOWS', 'OWN_ENCODERS', 'compute_V', 'feature_scale', 'guidance_weight', 'drift_loss', 'compiled_V',
+           'multi_scale', 'Encoder', 'load_encoder', 'MaeConfig', 'Reconstruct', 'own_encoder', 'Reals', 'draw_alpha',
+           'DriftConfig', 'Draw', 'Draws', 'Drift', 'in_training_judge', 'drifter']
 
 # %% ../nbs/11_drift.ipynb #c003
 class _Sets(NamedTuple):
@@ -126,6 +126,8 @@ class _Field(NamedTuple):
     dist_var: Tensor | None
     drift_norm: Tensor | None   # root mean square over samples of |sum of the unnormalised V|, in units of S
 
+def _sums(s: _Sets) -> Tensor: return torch.zeros(2, *s.yy.shape, dtype=torch.float32 if s.yy.device.type == "mps" else torch.float64, device=s.yy.device)  # MPS has no float64
+
 def _mean_distance(s: _Sets, sums: Tensor) -> Tensor:
     "S: mean of d over all pairs of all groups, those with unconditional samples weighted."
     B, N, _ = s.x.shape
@@ -139,11 +141,24 @@ def _sum_up(s: _Sets, sums: Tensor) -> tuple[Tensor, Tensor]:
     return mean, (square - mean.square()).clamp(min=0)
 
 # %% ../nbs/11_drift.ipynb #c007
-def _potentials(blocks, kernel, inverse: Tensor, shape: tuple, steps: int) -> tuple[Tensor, Tensor]:
+def _first_sums(d: Tensor, inverse: Tensor, *_) -> tuple[Tensor, Tensor]:
+    "What `_row_column_sums` gives before the first step, from one exponential: for shifted distances that `_in_range` has passed."
+    e = (d[:, None] * -inverse).exp_()
+    return e.sum(-1).log_(), e.sum(-2).log_()
+
+def _in_range(d: Tensor, inverse: Tensor) -> bool:
+    "Take the smallest distance from all (A does not see it); is then something left of every row and column after exp(-d/tau)?"
+    rows, columns = d.amin(-1), d.amin(-2)
+    least = rows.amin()
+    d.sub_(least)
+    room = -math.log(torch.finfo(d.dtype).tiny) - 27  # what is e^-27 of a sum does not count
+    return bool((torch.maximum(rows.amax(), columns.amax()) - least) * inverse.amax() < room)
+
+def _potentials(blocks, kernels: list, inverse: Tensor, shape: tuple) -> tuple[Tensor, Tensor]:
     "f [b, T, N] and g [b, T, M] with log A = -d/tau - f - g: each step takes half of each row's and each column's log-sum away."
     b, N, M = shape
     f, g = inverse.new_zeros(b, len(inverse), N), inverse.new_zeros(b, len(inverse), M)
-    for _ in range(steps):
+    for kernel in kernels:
         rows_sum, columns_sum = [], None
         for rows, d in blocks():
             r, c = kernel(d, inverse, f[:, :, rows], g)
@@ -178,7 +193,7 @@ def _field(s: _Sets, temps, steps: int, chunk: int, normalize: bool = True, scal
     "The drifting field of all groups; `scaled` measures temperatures in units of S and `V` is then the loss's (normalised) step."
     (B, N, D), M, T, on = s.x.shape, s.y.shape[1], len(temps), s.x.device
     all_groups, all_rows = _blocks(B, N, T * M, chunk, on.type)
-    sums = torch.zeros(2, B, M, dtype=torch.float32 if on.type == "mps" else torch.float64, device=on) if scaled or stats else None  # MPS has no float64
+    sums = _sums(s) if scaled or stats else None
     kept = None if chunk else _distances(s, slice(0, B), slice(0, N), sums)
     if chunk and sums is not None:
         for groups in all_groups:
@@ -187,12 +202,14 @@ def _field(s: _Sets, temps, steps: int, chunk: int, normalize: bool = True, scal
     inverse = 1 / _on_device(tuple(temps), s.x.dtype, on)
     if scaled: inverse = inverse / S.clamp(min=1e-30)  # features that do not vary have S = 0 and no field
     row_column_sums, coefficients = _kernels(compiled and on.type == "cuda")
+    steps_by = [row_column_sums] * steps
+    if kept is not None and on.type == "cpu" and _in_range(kept, inverse): steps_by[0] = _first_sums  # a GPU would have to stop and look
     found, strength = [], torch.empty(B, T, N, dtype=s.x.dtype, device=on)
     for groups in all_groups:
         def blocks():
             for rows in all_rows: yield rows, kept[groups, rows] if kept is not None else _distances(s, groups, rows)
         y = s.y[groups]
-        f, g = _potentials(blocks, row_column_sums, inverse, (len(y), N, M), steps)
+        f, g = _potentials(blocks, steps_by, inverse, (len(y), N, M))
         weight = s.weight[groups] if isinstance(s.weight, Tensor) else s.weight
         for rows, d in blocks():
             c, strength[groups, :, rows] = coefficients(d, inverse, f[:, :, rows], g, weight, s.first_u, s.first_p)
@@ -223,14 +240,67 @@ def compute_V(x: Tensor,                    # [..., N, D] generated samples, or 
     return (V, {"feature_dist_mean": found.dist_mean, "feature_dist_var": found.dist_var}) if return_dist_stats else V
 
 # %% ../nbs/11_drift.ipynb #c010
-def drift_loss(x, y_pos, y_neg=None, temps=(.02,.05,.2), y_uncond=None, uncond_weight=1., sinkhorn_iters=1, chunk=0):
-    s = _sets(x, y_pos, y_neg, y_uncond, uncond_weight, False, temps, sinkhorn_iters, chunk)
-    f = _field(s, temps, sinkhorn_iters, chunk, True, True, True)
-    V = f.V.view(x.shape); k = math.sqrt(x.shape[-1]) / f.scale
-    feat = x * k
-    return (feat - (feat + V).detach()).square().mean(), {"drift_norm": f.drift_norm, "feature_dist_mean": f.dist_mean, "feature_dist_var": f.dist_var}
+@torch.no_grad()
+def feature_scale(x: Tensor, y_pos: Tensor, y_neg: Tensor | None = None, y_uncond: Tensor | None = None, uncond_weight=1., self_mask: bool = False, chunk: int = 0) -> Tensor:
+    "S, one number for one feature map: the mean distance from x to all of y over all groups; pairs with unconditional samples count w, a sample and itself not at all."
+    s = _sets(x, y_pos, y_neg, y_uncond, uncond_weight, self_mask, chunk=chunk)
+    (B, N, _), M = s.x.shape, s.y.shape[1]
+    with exact_fp32(x.device):
+        sums = _sums(s)
+        groups, rows = _blocks(B, N, M, chunk, x.device.type)
+        for b in groups:
+            for r in rows: _distances(s, b, r, sums)
+    return _mean_distance(s, sums).to(s.x.dtype)
+
+def guidance_weight(alpha, # of one group, or a tensor of them; at least 1, and 1 is no guidance
+                    n: int, # generated samples in a group
+                    u: int, # unconditional samples in a group
+                   ):
+    "w = (alpha - 1)(N - 1)/U: unconditional samples are then the share (alpha - 1)/alpha of all negatives."
+    if n < 2 or u < 1: raise LabError(f"guidance_weight: n={n} generated and u={u} unconditional samples; expected at least 2 and 1")
+    low = alpha if not isinstance(alpha, Tensor) else float(alpha.min()) if alpha.device.type == "cpu" else 1
+    if not 1 <= low < math.inf: raise LabError(f"alpha={low:g}: guidance starts at 1, which is none")
+    return (alpha - 1) * (n - 1) / u
 
 # %% ../nbs/11_drift.ipynb #c011
+class _Towards(torch.autograd.Function):
+    "A loss whose value and gradient with respect to x are known."
+    @staticmethod
+    def forward(ctx, x: Tensor, value: Tensor, gradient: Tensor) -> Tensor:
+        ctx.save_for_backward(gradient)
+        return value.clone()
+    @staticmethod
+    def backward(ctx, upstream: Tensor): return upstream * ctx.saved_tensors[0], None, None
+
+def drift_loss(x: Tensor,                    # [..., N, D] features of generated (or a student's) samples; the gradient flows here and nowhere else
+               y_pos: Tensor,                # [..., P, D] of real samples (or the teacher's) of the same class
+               y_neg: Tensor | None = None,  # the rest as in compute_V
+               temps=(.02, .05, .2),         # in units of S, the mean distance
+               y_uncond: Tensor | None = None,
+               uncond_weight=1.,
+               self_mask: bool = False,
+               sinkhorn_iters: int = 1,
+               chunk: int = 0,
+               compiled: bool = False,       # on a CUDA device, as `compiled_V`
+              ) -> tuple[Tensor, dict]:      # the loss, and 0-d tensors: drift_norm, feature_dist_mean, feature_dist_var, feature_scale
+    "Mean squared distance from f = x sqrt(D)/S to the fixed target f + V: one feature map, all of its groups."
+    with torch.no_grad(), exact_fp32(x.device):
+        s = _sets(x, y_pos, y_neg, y_uncond, uncond_weight, self_mask, temps, sinkhorn_iters, chunk)
+        found = _field(s, temps, sinkhorn_iters, chunk, scaled=True, compiled=compiled)
+        V = found.V.view(x.shape)
+        value, gradient = V.square().mean(), (V * (-2 * math.sqrt(V.shape[-1]) / V.numel() / found.scale.clamp(min=1e-30))).to(x.dtype)
+    stats = {"drift_norm": found.drift_norm, "feature_dist_mean": found.dist_mean, "feature_dist_var": found.dist_var, "feature_scale": found.scale}
+    return _Towards.apply(x, value, gradient), stats
+
+# %% ../nbs/11_drift.ipynb #c012
+@torch.no_grad()
+def compiled_V(x: Tensor, y_pos: Tensor, y_neg: Tensor | None = None, temps=(.02, .05, .2), y_uncond: Tensor | None = None, uncond_weight=1., self_mask: bool = False,
+               normalize: bool = True, sinkhorn_iters: int = 1, chunk: int = 0) -> Tensor:
+    "`compute_V` with everything between its products compiled on a CUDA device; elsewhere it is `compute_V`."
+    s = _sets(x, y_pos, y_neg, y_uncond, uncond_weight, self_mask, temps, sinkhorn_iters, chunk)
+    with exact_fp32(x.device): return _field(s, temps, sinkhorn_iters, chunk, normalize, compiled=True).V.view(x.shape)
+
+# %% ../nbs/11_drift.ipynb #c013
 import copy, time, math, functools, dataclasses
 from dataclasses import dataclass
 from pathlib import Path
@@ -246,7 +316,7 @@ from .models import Frozen, frozen, layer_names
 from .plots import class_grid, save_figure
 from .train import Classify, FitConfig, Task, TrainConfig, classifier, fit, prepare
 
-# %% ../nbs/11_drift.ipynb #c014
+# %% ../nbs/11_drift.ipynb #c016
 WINDOWS = (2, 4)
 
 def multi_scale(y: Tensor,            # [B, D, H, W]
@@ -285,7 +355,7 @@ def _as_map(y: Tensor) -> Tensor:
     side = math.isqrt(y.shape[1])
     return y[:, -side * side:].transpose(1, 2).unflatten(2, (side, side))
 
-# %% ../nbs/11_drift.ipynb #c015
+# %% ../nbs/11_drift.ipynb #c017
 def _stages(model: nn.Module) -> list[str]:
     "The layers after which a network's resolution changes; four blocks of a transformer."
     if found := getattr(model, "stages", None):
@@ -333,7 +403,7 @@ def _is_timm(name: str) -> bool:
     import timm
     return timm.is_model(name.split(".")[0])
 
-# %% ../nbs/11_drift.ipynb #c021
+# %% ../nbs/11_drift.ipynb #c023
 @dataclass
 class MaeConfig(FitConfig):
     "A masked autoencoder's training."
@@ -364,7 +434,7 @@ class Reconstruct(Classify):
         with torch.no_grad(): errors = [self.errors(model, model, batch, 0) for batch in batches]
         return {f"{split}/loss": float(self.gather(torch.cat(errors) if errors else torch.empty(0))[0].mean())}
 
-# %% ../nbs/11_drift.ipynb #c022
+# %% ../nbs/11_drift.ipynb #c024
 OWN_ENCODERS = ("mae", "classifier")
 
 def own_encoder(kind: str, # mae or classifier
@@ -386,7 +456,7 @@ def own_encoder(kind: str, # mae or classifier
         fit(task, own, Run(own, "encoder"))
     return name
 
-# %% ../nbs/11_drift.ipynb #c024
+# %% ../nbs/11_drift.ipynb #c026
 class Reals:
     "The newest features of real images, a ring for each group."
     def __init__(self, groups: int, size: int):
@@ -430,7 +500,7 @@ class Reals:
         device = self.values[0].device if self.values else "cpu"
         self.values = [v.to(device) for v in state["values"]]
 
-# %% ../nbs/11_drift.ipynb #c027
+# %% ../nbs/11_drift.ipynb #c029
 def draw_alpha(n: int, low: float, high: float, power: float, draw: torch.Generator) -> Tensor:
     "Guidance strengths from the density proportional to `alpha^-power` on [low, high]."
     u = torch.rand(n, generator=draw, dtype=torch.float64)
@@ -438,11 +508,7 @@ def draw_alpha(n: int, low: float, high: float, power: float, draw: torch.Genera
     q = 1 - power
     return ((low ** q + u * (high ** q - low ** q)) ** (1 / q)).float()
 
-def guidance_weight(alpha: Tensor, generated: int, unconditional: int) -> Tensor:
-    "What an unconditional real image weighs among the negatives."
-    return (alpha - 1) * (generated - 1) / unconditional
-
-# %% ../nbs/11_drift.ipynb #c030
+# %% ../nbs/11_drift.ipynb #c032
 @dataclass
 class DriftConfig(FitConfig):
     "Everything a drifting run needs."
@@ -496,7 +562,7 @@ class DriftConfig(FitConfig):
     @property
     def guided(self) -> bool: return self.alpha_max > 1
 
-# %% ../nbs/11_drift.ipynb #c033
+# %% ../nbs/11_drift.ipynb #c035
 class Draw(NamedTuple):
     noise: Tensor     # [B, ...], this process's share
     labels: Tensor    # int64 [B], group by group; zeros without classes
@@ -597,7 +663,7 @@ class Drift(Task):
     def load_state(self, state: dict) -> None:
         if self.cfg.queue: self.reals.load_state(state["reals"])
 
-# %% ../nbs/11_drift.ipynb #c034
+# %% ../nbs/11_drift.ipynb #c036
 def in_training_judge(name: str, data: Dataset, device="cpu") -> Extractor | None:
     "The judge of a configuration; none where the data set has no own of this size and none is named."
     own = default_judge(data.name)
