@@ -531,7 +531,7 @@ class DriftConfig(FitConfig):
     positives: int = param(64, "real images a group", low=1)
     unconditional: int = param(16, "real images of any class that repel a group, where alpha is above 1", low=1)
     alpha_min: float = param(1.0, "least guidance strength in training", low=1, high=100)
-    alpha_max: float = param(1.0, "greatest guidance strength in training; 1 is no guidance", low=1, high=100)
+    alpha_max: float = param(4.0, "greatest guidance strength in training; 1 is no guidance", low=1, high=100)
     alpha_power: float = param(3.0, "strengths are drawn from alpha^-power", low=-20, high=20)
     alpha: float = param(1.0, "guidance strength of the samples that are looked at", low=1, high=100)
     temps: tuple = param((0.02, 0.05, 0.2), "temperatures, relative to a mean distance of one")

@@ -19,7 +19,7 @@ from .fid import (MODES, Extractor, Moments, Score, Stats, as_extractor, bicubic
                              nearest_ratio, prdc, reference_stats, to_rgb, to_uint8, variance_ratio)
 from .generators import check_alpha, labels_like, sample_batches
 from .models import checkpoint_model, count_parameters, load_checkpoint, model_name, rebuild, weights_sha256
-from .plots import COLOURS, Picture, _label_ends, _styled, as_pixels, class_grid, image_grid, save_figure
+from .plots import COLOURS, Picture, _label_ends, _styled, as_pixels, class_grid, distance_dots, image_grid, save_figure
 from .track import start_tracker
 from .train import use_threads
 
@@ -29,8 +29,8 @@ __all__ = ['MEASURES', 'KEPT', 'LPIPS_TRUNKS', 'CLIP_MEAN', 'CLIP_STD', 'PRDC_IM
            'check_fits', 'gather_moments', 'Sampled', 'sample_stats', 'Reference', 'reference_of', 'baselines',
            'prompt_accuracy', 'sample_diversity', 'lpips_network', 'lpips_diversity', 'load_clip', 'clip_score', 'slug',
            'class_captions', 'scores', 'read_rows', 'same_settings', 'find_row', 'write_row', 'distance_of', 'best_row',
-           'distance_vs_step', 'score_table', 'neighbours_grid', 'Evaluation', 'Evaluator', 'preview', 'evaluate',
-           'judge_for', 'stats_of']
+           'distance_vs_step', 'score_table', 'neighbours_grid', 'pass_for_real', 'baseline_dots', 'guidance_curves',
+           'Evaluation', 'Evaluator', 'preview', 'evaluate', 'judge_for', 'stats_of']
 
 # %% ../nbs/14_evaluate.ipynb #c005
 MEASURES = ("kid", "prdc", "infinity", "clip", "lpips")
@@ -417,14 +417,15 @@ def scores(s: Sampled, ref: Reference, cfg: EvaluateConfig, words: list = (), re
     "Everything that is measured of a checkpoint's samples: numbers by column, the distance with its floor, and remarks."
     judge, fake, features, notes = ref.judge, s.stats, s.stats.features, _Notes()
     real, key = (getattr(ref, cfg.dataset_split), f"{cfg.dataset_split} {fake.n} {cfg.seed}") if real is None else (real, "")
+    if key and s.labels is not None: real, key = replace(real, labels=getattr(ref.data, cfg.dataset_split).labels), f"{key} by class"  # the samples have the data's shares of classes
     keep = ref.remember if key else lambda name, compute: compute()
-    if key in ref.facts.get("floors", {}): real.floors[("fd", min(fake.n, len(real.features) // 2), cfg.seed, 3)] = tuple(ref.facts["floors"][key])
+    if key in ref.facts.get("floors", {}): real.floors[("fd", min(fake.n, len(real.features) // 2), cfg.seed, 3, real.labels is not None)] = tuple(ref.facts["floors"][key])
     score = fid(real, fake, judge, seed=cfg.seed)
     if key and score.floor is not None and key not in ref.facts.get("floors", {}):
         ref.facts.setdefault("floors", {})[key] = score.floor, score.floor_std
         write_json(ref.path, ref.facts)
     found = {slug(score.metric): score.value, "floor": math.nan if score.floor is None else score.floor, "floor_std": score.floor_std, "floor_n": score.floor_n,
-             "to_train": ref.train.distance(fake), "to_test": ref.test.distance(fake), "nearest_ratio": notes.attempt(lambda: nearest_ratio(features, ref.train.features, ref.test.features))}
+             "to_train": ref.train.distance(fake), "to_test": ref.test.distance(fake), "train_to_test": ref.train.distance(ref.test), "nearest_ratio": notes.attempt(lambda: nearest_ratio(features, ref.train.features, ref.test.features))}
     found |= _measured_beside(words, real, s, ref, cfg, notes, networks)
     found |= dict(sample_diversity=notes.attempt(lambda: sample_diversity(s.images, None if s.labels is None else s.labels[:len(s.images)])), feature_diversity=notes.attempt(lambda: feature_diversity(features, s.labels)))
     if s.labels is not None:
@@ -435,7 +436,7 @@ def scores(s: Sampled, ref: Reference, cfg: EvaluateConfig, words: list = (), re
 
 # %% ../nbs/14_evaluate.ipynb #c033
 HEAD = "checkpoint checkpoint_name dataset epoch step num_samples batch_size alpha seed eval_seconds extractor mode fid".split()
-MIDDLE = ("kid kid_std kid_error floor floor_std floor_n to_train to_test fd_infinity precision recall density coverage prompt_accuracy variance_ratio nearest_ratio baseline_class_means baseline_class_gaussians "
+MIDDLE = ("kid kid_std kid_error floor floor_std floor_n to_train to_test train_to_test fd_infinity precision recall density coverage prompt_accuracy variance_ratio nearest_ratio baseline_class_means baseline_class_gaussians "
           "sample_diversity feature_diversity lpips_diversity clip_score judge_sha256 dataset_split reference reference_sha256 ema model_sha256 metrics artifact").split()
 CONTEXT = "loss drift_norm grad_norm feature_dist_mean feature_dist_var avg_loss avg_drift_norm".split()
 SETTINGS = "dataset num_samples alpha seed extractor mode judge_sha256 dataset_split reference reference_sha256 ema".split()  # numbers compare where these agree
@@ -588,6 +589,42 @@ def neighbours_grid(fakes, real,          # images [N, ...], and the nearest tra
     return fig
 
 # %% ../nbs/14_evaluate.ipynb #c043
+def pass_for_real(row: dict) -> "pd.DataFrame":
+    "The four measures of a row and the baseline, beside what real images have."
+    import pandas as pd
+    own, gaussian = _float(row, "train_to_test"), _float(row, "baseline_class_gaussians")
+    rows = [("class agreement", _float(row, "prompt_accuracy"), "at least .98", lambda v: v >= .98),
+            ("distance to test images", _float(row, "to_test"), f"at most {1.5 * own:.3g}, 1.5 times the training images' own {own:.3g}", lambda v: v <= 1.5 * own),
+            ("variance within classes, of that of real images", _float(row, "variance_ratio"), "at least .85", lambda v: v >= .85),
+            ("distance to the nearest training image, of that of test images", _float(row, "nearest_ratio"), "at least .85", lambda v: v >= .85),
+            ("distance to training images", _float(row, "to_train"), f"below {gaussian:.3g}, a Gaussian of each class", lambda v: v < gaussian)]
+    known = [(name, value, wanted, "not measured" if math.isnan(value) else "yes" if good(value) else "no") for name, value, wanted, good in rows]
+    return pd.DataFrame([(n, f"{v:.3g}", w, ok) for n, v, w, ok in known], columns=["measure", "samples", "wanted", "reached"]).set_index("measure")
+
+def baseline_dots(row: dict) -> Figure:
+    "A row's distance beside its floor and beside images nobody had to learn."
+    metric, value = distance_of(row)
+    common = dict(metric=metric, mode=row["mode"], sha256=row["judge_sha256"], n=int(row["num_samples"]), floor=_float(row, "floor"), floor_std=_float(row, "floor_std"))
+    more = [(words, _float(row, f"baseline_{k}")) for k, words in (("class_gaussians", "Gaussian of each class"), ("class_means", "mean image of each class"))]
+    return distance_dots([dict(name=row["checkpoint_name"], value=value, **common), *(dict(name=words, value=v, **common) for words, v in more if math.isfinite(v))])
+
+@_styled
+def guidance_curves(rows: list[dict]) -> Figure: # of one checkpoint at several strengths
+    "Distance, agreement and variety against guidance strength."
+    rows = sorted(rows, key=lambda r: _float(r, "alpha"))
+    metric, alpha = distance_of(rows[0])[0], [_float(r, "alpha") for r in rows]
+    panels = {f"{metric}, to test images": "to_test", "class agreement": "prompt_accuracy", "variance within classes\n(of real images')": "variance_ratio"}
+    panels = {words: key for words, key in panels.items() if any(math.isfinite(_float(r, key)) for r in rows)}
+    fig = Picture(figsize=(9, 2.6), layout="constrained")
+    for i, (ax, (words, key)) in enumerate(zip(fig.subplots(1, len(panels), squeeze=False)[0], panels.items())):
+        ax.plot(alpha, [_float(r, key) for r in rows], marker="o", color=COLOURS[i])
+        ax.set(xlabel="guidance strength alpha", ylabel=words)
+        ax.margins(.08)
+    best = min(rows, key=lambda r: _float(r, "to_test"))
+    fig.suptitle(f"Nearest to test images at alpha {_float(best, 'alpha'):g}; every strength costs one pass")
+    return fig
+
+# %% ../nbs/14_evaluate.ipynb #c047
 @dataclass
 class Evaluation:
     "What `evaluate` found."
@@ -642,7 +679,7 @@ class Evaluator:
         context = {k: subject.metrics.get(f"train/{k}", subject.metrics.get(k)) for k in CONTEXT}
         return dict(checkpoint=subject.name, checkpoint_name=subject.path.stem, epoch=subject.epoch, step=subject.step, batch_size=self.cfg.batch_size, model_sha256=subject.sha256) | self.settings(subject) | context
 
-# %% ../nbs/14_evaluate.ipynb #c044
+# %% ../nbs/14_evaluate.ipynb #c048
 def _claim(folder: Path, base: str, settings: dict) -> Path:
     "The folder of a checkpoint under these settings: `base`, or with a suffix where that belongs to other settings."
     digest = hashlib.sha256(repr(sorted((k, _cell(v)) for k, v in settings.items())).encode()).hexdigest()
@@ -690,7 +727,7 @@ class _Told:
         if best: self.tracker.summary({"eval/best_checkpoint": best["checkpoint"], "eval/best_step": _float(best, "step"), f"eval/best_{slug(distance_of(best)[0])}": distance_of(best)[1]} | {k: best[k] for k in SETTINGS})
         self.tracker.finish()
 
-# %% ../nbs/14_evaluate.ipynb #c045
+# %% ../nbs/14_evaluate.ipynb #c049
 def _one(e: Evaluator, subject: Subject, row: dict, words: list, artifact: Path, told: _Told) -> dict:
     "Sample, score and write down one checkpoint."
     cfg, began = e.cfg, time.perf_counter()
@@ -760,7 +797,7 @@ def evaluate(cfg: EvaluateConfig) -> Evaluation:
         if told.tracker: told.tracker.finish()
     return result
 
-# %% ../nbs/14_evaluate.ipynb #c055
+# %% ../nbs/14_evaluate.ipynb #c059
 def _dataset_split(text: str) -> tuple[str, str] | None:
     name, colon, split = text.partition(":")
     if Path(text).exists() or not colon or "/" in text: return None

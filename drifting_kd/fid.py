@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from .core import LabError, atomic_write, choose_device, generator, import_torchvision, read_json, unknown
-from .data import Dataset, Split, _load_array
+from .data import Dataset, Split, _load_array, stratified
 from .models import Frozen, frozen, weights_sha256
 
 # %% auto #0
@@ -190,6 +190,7 @@ class Stats:
     sha256: str = ""
     mode: str = ""                  # of resizing
     features: Tensor | None = None  # fp32 [n, D]
+    labels: Tensor | None = None    # of each row of features, where the images to judge have the same shares of classes: the floor's parts then have them too
     floors: dict = field(default_factory=dict, repr=False, compare=False)  # what `fid` and `kid` have measured between parts of these images
 
     @property
@@ -723,13 +724,16 @@ class Score:
 
 # %% ../nbs/06_fid.ipynb #c075
 def _halves(real: Stats, n: int, seed: int, division: int) -> tuple[Stats, Stats]:
-    "The other real images, and n drawn at random."
-    order = torch.randperm(len(real.features), generator=generator(seed, 77, division))
-    return tuple(Stats.of(real.features[rows].to(real.mu.device), real) for rows in (order[n:], order[:n]))
+    "The other real images, and n drawn at random; classes have their shares in both, where they are known."
+    if real.labels is None or n < len(real.labels.unique()): chosen = torch.randperm(len(real.features), generator=generator(seed, 77, division))[:n]
+    else: chosen = stratified(real.labels, n, seed, 77, division)
+    rest = torch.ones(len(real.features), dtype=torch.bool)
+    rest[chosen] = False
+    return tuple(Stats.of(real.features[rows].to(real.mu.device), real) for rows in (rest.nonzero().flatten(), chosen))
 
 def _floor(measure: Callable, key: tuple, real: Stats, n: int, seed: int, divisions: int) -> tuple[float, float]:
     "Mean and standard deviation of distances between parts of the real images; kept with them, for the next checkpoint."
-    key = (*key, n, seed, divisions)
+    key = (*key, n, seed, divisions, real.labels is not None)
     if key not in real.floors:
         values = [measure(*_halves(real, n, seed, i))[0] for i in range(divisions)]
         real.floors[key] = float(np.mean(values)), float(np.std(values, ddof=1)) if divisions > 1 else 0.
