@@ -15,8 +15,8 @@ from .plots import COLOURS, Picture, _array, _styled
 
 # %% auto #0
 __all__ = ['BLOCK', 'WINDOWS', 'OWN_ENCODERS', 'compute_V', 'feature_scale', 'guidance_weight', 'drift_loss', 'compiled_V',
-           'multi_scale', 'Encoder', 'load_encoder', 'MaeConfig', 'Reconstruct', 'own_encoder', 'Reals', 'draw_alpha',
-           'DriftConfig', 'Draw', 'Draws', 'Drift', 'in_training_judge', 'drifter']
+           'toy_field', 'multi_scale', 'Encoder', 'load_encoder', 'MaeConfig', 'Reconstruct', 'own_encoder', 'Reals',
+           'draw_alpha', 'DriftConfig', 'Draw', 'Draws', 'Drift', 'in_training_judge', 'drifter']
 
 # %% ../nbs/11_drift.ipynb #c003
 class _Sets(NamedTuple):
@@ -301,6 +301,48 @@ def compiled_V(x: Tensor, y_pos: Tensor, y_neg: Tensor | None = None, temps=(.02
     with exact_fp32(x.device): return _field(s, temps, sinkhorn_iters, chunk, normalize, compiled=True).V.view(x.shape)
 
 # %% ../nbs/11_drift.ipynb #c013
+def _clouds(what: str, given, count: int | None = None) -> list[np.ndarray]:
+    clouds = [_array(c).astype(float) for c in (given if isinstance(given, (list, tuple)) else [given])]
+    for c in clouds:
+        if c.ndim != 2 or c.shape[1] != 2 or not len(c): raise LabError(f"{what} {list(c.shape)}: expected samples in two columns, [N, 2]")
+    if count and len(clouds) != count: raise LabError(f"{len(clouds)} clouds of {what} for {count} of x: expected as many")
+    return clouds
+
+@_styled
+def toy_field(x,                  # generated samples [N, 2], or a list of such: a panel each
+              y,                  # real samples, likewise
+              V=None,             # arrows at x, likewise
+              titles: list = (),  # of the panels
+              title: str = "",
+              length: float = 0,  # of an arrow for V = 1, in the samples' units; 0 lets the longest arrows take a seventh of the picture
+             ) -> Picture:
+    "Generated and real samples in the plane, and where the field moves each generated one; all panels at one scale."
+    x = _clouds("x", x); y = _clouds("y", y, len(x)); V = [None] * len(x) if V is None else _clouds("V", V, len(x))
+    if titles and len(titles) != len(x): raise LabError(f"{len(titles)} titles for {len(x)} clouds: expected as many")
+    if any(v is not None and v.shape != c.shape for v, c in zip(V, x)): raise LabError("V and x differ in length: expected an arrow for each sample of x")
+    points = np.concatenate(x + y)
+    low, high = points.min(0), points.max(0)
+    span = max((high - low).max(), 1e-9)
+    sizes = np.concatenate([np.hypot(*v.T) for v in V if v is not None] or [np.ones(1)])
+    length = length or span / 7 / max(np.quantile(sizes, .98), 1e-12)
+    columns = min(4, len(x))
+    rows = math.ceil(len(x) / columns)
+    fig = Picture(figsize=(2.6 * columns if columns > 1 else 4, (2.6 if columns > 1 else 4) * rows * (.15 + (high - low)[1] / span) + .5 + .3 * bool(title)), layout="constrained")
+    axes = fig.subplots(rows, columns, squeeze=False).flat
+    for i, (ax, c, r, v) in enumerate(zip(axes, x, y, V)):
+        ax.scatter(*r.T, s=7, color=COLOURS[5], linewidths=0)
+        ax.scatter(*c.T, s=7, color=COLOURS[1], linewidths=0)
+        if v is not None: ax.quiver(*c.T, *(length * v).T, angles="xy", scale_units="xy", scale=1, width=.005, color=COLOURS[6], alpha=.65)
+        ax.set(xlim=(low[0] - .1 * span, high[0] + .1 * span), ylim=(low[1] - .1 * span, high[1] + .1 * span), aspect="equal", xticks=[], yticks=[])
+        ax.grid(False), ax.spines[:].set_visible(False)
+        if titles: ax.set_title(titles[i])
+        if i == 0:
+            for k, (words, colour) in enumerate((("real", COLOURS[0]), ("generated", COLOURS[1]))): ax.text(0, -.02 - .09 * k, words, color=colour, transform=ax.transAxes, va="top", fontsize=9)
+    for ax in list(axes): ax.remove()
+    if title: fig.suptitle(title)
+    return fig
+
+# %% ../nbs/11_drift.ipynb #c014
 import copy, time, math, functools, dataclasses
 from dataclasses import dataclass
 from pathlib import Path
@@ -316,7 +358,7 @@ from .models import Frozen, frozen, layer_names
 from .plots import class_grid, save_figure
 from .train import Classify, FitConfig, Task, TrainConfig, classifier, fit, prepare
 
-# %% ../nbs/11_drift.ipynb #c016
+# %% ../nbs/11_drift.ipynb #c017
 WINDOWS = (2, 4)
 
 def multi_scale(y: Tensor,            # [B, D, H, W]
@@ -355,7 +397,7 @@ def _as_map(y: Tensor) -> Tensor:
     side = math.isqrt(y.shape[1])
     return y[:, -side * side:].transpose(1, 2).unflatten(2, (side, side))
 
-# %% ../nbs/11_drift.ipynb #c017
+# %% ../nbs/11_drift.ipynb #c018
 def _stages(model: nn.Module) -> list[str]:
     "The layers after which a network's resolution changes; four blocks of a transformer."
     if found := getattr(model, "stages", None):
@@ -403,7 +445,7 @@ def _is_timm(name: str) -> bool:
     import timm
     return timm.is_model(name.split(".")[0])
 
-# %% ../nbs/11_drift.ipynb #c023
+# %% ../nbs/11_drift.ipynb #c024
 @dataclass
 class MaeConfig(FitConfig):
     "A masked autoencoder's training."
@@ -434,7 +476,7 @@ class Reconstruct(Classify):
         with torch.no_grad(): errors = [self.errors(model, model, batch, 0) for batch in batches]
         return {f"{split}/loss": float(self.gather(torch.cat(errors) if errors else torch.empty(0))[0].mean())}
 
-# %% ../nbs/11_drift.ipynb #c024
+# %% ../nbs/11_drift.ipynb #c025
 OWN_ENCODERS = ("mae", "classifier")
 
 def own_encoder(kind: str, # mae or classifier
@@ -456,7 +498,7 @@ def own_encoder(kind: str, # mae or classifier
         fit(task, own, Run(own, "encoder"))
     return name
 
-# %% ../nbs/11_drift.ipynb #c026
+# %% ../nbs/11_drift.ipynb #c027
 class Reals:
     "The newest features of real images, a ring for each group."
     def __init__(self, groups: int, size: int):
@@ -500,7 +542,7 @@ class Reals:
         device = self.values[0].device if self.values else "cpu"
         self.values = [v.to(device) for v in state["values"]]
 
-# %% ../nbs/11_drift.ipynb #c029
+# %% ../nbs/11_drift.ipynb #c030
 def draw_alpha(n: int, low: float, high: float, power: float, draw: torch.Generator) -> Tensor:
     "Guidance strengths from the density proportional to `alpha^-power` on [low, high]."
     u = torch.rand(n, generator=draw, dtype=torch.float64)
@@ -508,7 +550,7 @@ def draw_alpha(n: int, low: float, high: float, power: float, draw: torch.Genera
     q = 1 - power
     return ((low ** q + u * (high ** q - low ** q)) ** (1 / q)).float()
 
-# %% ../nbs/11_drift.ipynb #c032
+# %% ../nbs/11_drift.ipynb #c033
 @dataclass
 class DriftConfig(FitConfig):
     "Everything a drifting run needs."
@@ -526,7 +568,7 @@ class DriftConfig(FitConfig):
     ema_decay: float = param(0.99, "decay of the averaged weights; 0 is off", low=0, high=0.99999)
     flip: str = param("off", "auto (as the data set allows), on or off", choices=("auto", "on", "off"))
     crop_padding: int = param(0, "pixels of random shift; -1 is the data set's own", low=-1, high=64)
-    eval_every: int = param(500, "steps between evaluations; the end always is one", low=1)
+    eval_every: int = param(100, "steps between evaluations; the end always is one", low=1)
     groups: int = param(0, "classes a step; 0 is all", low=0)
     positives: int = param(64, "real images a group", low=1)
     unconditional: int = param(16, "real images of any class that repel a group, where alpha is above 1", low=1)
@@ -562,7 +604,7 @@ class DriftConfig(FitConfig):
     @property
     def guided(self) -> bool: return self.alpha_max > 1
 
-# %% ../nbs/11_drift.ipynb #c035
+# %% ../nbs/11_drift.ipynb #c036
 class Draw(NamedTuple):
     noise: Tensor     # [B, ...], this process's share
     labels: Tensor    # int64 [B], group by group; zeros without classes
@@ -663,7 +705,7 @@ class Drift(Task):
     def load_state(self, state: dict) -> None:
         if self.cfg.queue: self.reals.load_state(state["reals"])
 
-# %% ../nbs/11_drift.ipynb #c036
+# %% ../nbs/11_drift.ipynb #c037
 def in_training_judge(name: str, data: Dataset, device="cpu") -> Extractor | None:
     "The judge of a configuration; none where the data set has no own of this size and none is named."
     own = default_judge(data.name)

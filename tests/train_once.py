@@ -1,15 +1,19 @@
-"python tests/train_once.py '{\"epochs\": 3}' [code]: one training in a process of its own; exit code 1 and one line on an error."
+"python tests/train_once.py '{\"epochs\": 3}' [code]: one training in a process of its own; exit code 1 and one line on an error. \"family\": \"drift\" trains a generator."
 import json, sys
 from drifting_kd.core import LabError
 from drifting_kd.train import Classify, TrainConfig, classifier, fit, open_run, prepare
 
 def main() -> None:
     settings = json.loads(sys.argv[1])
+    family = settings.pop("family", "classify")
     if len(sys.argv) > 2: exec(sys.argv[2], globals())
-    cfg = TrainConfig(**settings)
+    if family == "drift":
+        from drifting_kd.drift import Drift as Task, DriftConfig as Config, drifter as make
+    else: Task, Config, make = Classify, TrainConfig, classifier
+    cfg = Config(**settings)
     data = prepare(cfg)
-    model = classifier(cfg, data)
-    fit(Classify(model, data, cfg), cfg, open_run(cfg))
+    model = make(cfg, data)
+    fit(Task(model, data, cfg), cfg, open_run(cfg))
 
 if __name__ == "__main__":
     try: main()

@@ -1,0 +1,49 @@
+"Drifting as its users run it: the notebook, a kill, two processes, and what cannot work refused in one line."
+import json, signal, subprocess, sys, time
+import pytest
+from conftest import ROOT, losses, same_weights, train
+from test_processes import two_processes
+
+SMALL = dict(family="drift", epochs=1, steps=60, limit=0, batch_size=80, positives=16, unconditional=4, eval_every=20, save_every=7, warmup=5, eval_samples=200)
+
+def dkd(*words): return subprocess.run([sys.executable, "-m", "drifting_kd.cli", *map(str, words)], capture_output=True, text=True, timeout=300)
+
+def test_the_notebook_reads_as_a_report(lab):
+    words = [w for k, v in dict(run_name="small", steps=80, batch_size=160, positives=16, unconditional=4, eval_every=40, eval_samples=200, num_samples=400, tracker="none", device="cpu", threads=1).items() for w in ("-p", k, v)]
+    out = dkd("run", ROOT / "nbs/drift.ipynb", *words)
+    assert out.returncode == 0, out.stderr
+    run = lab / "runs/small"
+    assert {p.name for p in (run / "figures").iterdir()} >= {"curves.png", "samples.png", "distances.png", "guidance.png", "guidance_samples.png"}
+    assert [p.name for p in sorted((run / "samples").iterdir())] == ["step_00000040.png", "step_00000080.png"]
+    rows = (run / "eval/fid_metrics.csv").read_text().splitlines()
+    assert len(rows) == 1 + 4 and "digits_fd" in rows[0]  # four strengths
+    for words in ("class agreement", "distance to test images", "variance within classes", "nearest training image", "a Gaussian of each class"): assert words in out.stdout, words
+
+@pytest.mark.parametrize("queue", [0, 20])
+def test_killed_and_resumed_is_the_same(lab, queue):
+    settings = SMALL | dict(queue=queue, push=16, steps=200)
+    assert train(run_name="whole", **settings).returncode == 0
+    process = train(run_name="killed", wait=False, **settings)
+    while not list((lab / "runs/killed/checkpoints").glob("step_*.pt")): time.sleep(.02)
+    process.send_signal(signal.SIGKILL), process.wait()
+    assert not (lab / "runs/killed/metrics.json").exists()
+    out = train(run_name="killed", resume=True, **settings)
+    assert out.returncode == 0, out.stderr
+    assert same_weights(lab / "runs/whole", lab / "runs/killed") and losses(lab / "runs/whole") == losses(lab / "runs/killed")
+
+def test_two_processes_share_the_groups(lab):
+    "Each process scales its own groups' field, so the numbers are near those of one process, not equal."
+    settings = SMALL | dict(steps=10, log_every=1, eval_every=10, judge="none")
+    one, two = train(run_name="one", **settings), train("", two_processes(), run_name="two", **settings)
+    assert one.returncode == 0 and two.returncode == 0, two.stderr[-3000:]
+    first = [[m["train/loss"] for _, m in losses(lab / "runs" / name) if "train/loss" in m][0] for name in ("one", "two")]
+    assert abs(first[0] - first[1]) < .1 * first[0], first
+    assert json.loads((lab / "runs/two/metrics.json").read_text())["processes"] == 2
+
+@pytest.mark.parametrize("settings, words", [
+    (dict(temps=[0.1, 0.0]), "positive"), (dict(alpha=9.0), "outside what is trained"), (dict(groups=11), "has 10 classes"), (dict(positives=900), "use at most"),
+    (dict(model="resnet8"), "unknown model"), (dict(encoder="no-such"), "nor a run"), (dict(judge="mnist"), "28 pixels")], ids=lambda x: "-".join(x) if isinstance(x, dict) else "")
+def test_what_cannot_work_is_refused_in_one_line(lab, settings, words):
+    out = train(run_name="bad", **(SMALL | settings))
+    assert out.returncode == 1 and words in out.stderr and out.stderr.strip().count("\n") == 0, out.stderr
+    assert not (lab / "runs/bad/metrics.json").exists()
