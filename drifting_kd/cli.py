@@ -195,7 +195,7 @@ def compare_command(args) -> int:
 def fid_command(args) -> int:
     from drifting_kd.evaluate import judge_for, stats_of
     from drifting_kd.fid import fid, kid
-    judge = judge_for([args.real, args.fake], args.extractor, args.mode, args.device)
+    judge = judge_for([args.real, args.fake], args.extractor, args.mode, args.device, args.data_root)
     settings = dict(alpha=args.alpha, seed=args.seed, data_root=args.data_root)
     real, fake = stats_of(args.real, judge, **settings), stats_of(args.fake, judge, args.n, **settings)
     print(fid(real, fake, judge, seed=args.seed))
@@ -206,7 +206,7 @@ def reference_command(args) -> int:
     from drifting_kd.evaluate import judge_for, stats_of
     if not args.output.endswith(".npz"): raise LabError(f"{args.output}: expected a name that ends in .npz")
     source = f"{args.dataset}:{args.split}"
-    stats = stats_of(source, judge_for([source], args.extractor, args.mode, args.device), data_root=args.data_root)
+    stats = stats_of(source, judge_for([source], args.extractor, args.mode, args.device, args.data_root), data_root=args.data_root)
     Path(args.output).parent.mkdir(parents=True, exist_ok=True)
     stats.save(args.output, features=not args.no_features)
     print(f"{_show(Path(args.output))}: {source}, {stats.n:,} images; {stats.extractor}{', ' + stats.mode if stats.mode else ''}, {stats.dims} dimensions, sha256 {stats.sha256[:12]}")

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
-from .core import (LabError, Parameters, Run, _lock, atomic_write, choose_device, environment, environ, generator, list_runs, need, param, plain, project_root, read_json, run_state, runs_folder,
+from .core import (LabError, Parameters, Run, _lock, atomic_write, choose_device, environment, environ, generator, import_torchvision, list_runs, need, param, plain, project_root, read_json, run_state, runs_folder,
                               seed_everything, split_words, unknown, write_json)
 from .data import Dataset, Split, load_dataset, splits_hash
 from .fid import (MODES, Extractor, Moments, Score, Stats, as_extractor, bicubic, class_gaussians, class_means, _holds_stats, default_judge, exact_fp32, fd_infinity, feature_diversity, fid, kid, load_stats, nearest,
@@ -25,12 +25,13 @@ from .train import use_threads
 
 # %% auto #0
 __all__ = ['MEASURES', 'KEPT', 'LPIPS_TRUNKS', 'CLIP_MEAN', 'CLIP_STD', 'PRDC_IMAGES', 'HEAD', 'MIDDLE', 'CONTEXT', 'SETTINGS',
-           'EvaluateConfig', 'makes_images', 'find_checkpoints', 'home_of', 'Subject', 'open_subject', 'used_alpha',
-           'check_fits', 'gather_moments', 'Sampled', 'sample_stats', 'Reference', 'reference_of', 'baselines',
-           'prompt_accuracy', 'sample_diversity', 'lpips_network', 'lpips_diversity', 'load_clip', 'clip_score', 'slug',
-           'class_captions', 'scores', 'read_rows', 'same_settings', 'find_row', 'write_row', 'distance_of', 'best_row',
-           'distance_vs_step', 'score_table', 'neighbours_grid', 'pass_for_real', 'baseline_dots', 'guidance_curves',
-           'Evaluation', 'Evaluator', 'preview', 'evaluate', 'judge_for', 'stats_of']
+           'NETWORKS', 'EvaluateConfig', 'makes_images', 'find_checkpoints', 'home_of', 'Subject', 'open_subject',
+           'used_alpha', 'check_fits', 'gather_moments', 'Sampled', 'sample_stats', 'Reference', 'reference_of',
+           'baselines', 'prompt_accuracy', 'sample_diversity', 'lpips_network', 'lpips_diversity', 'load_clip',
+           'clip_score', 'slug', 'class_captions', 'scores', 'read_rows', 'same_settings', 'find_row', 'write_row',
+           'distance_of', 'best_row', 'distance_vs_step', 'score_table', 'neighbours_grid', 'pass_for_real',
+           'baseline_dots', 'guidance_curves', 'Evaluation', 'Evaluator', 'preview', 'evaluate', 'judge_for',
+           'stats_of']
 
 # %% ../nbs/14_evaluate.ipynb #c005
 MEASURES = ("kid", "prdc", "infinity", "clip", "lpips")
@@ -268,7 +269,9 @@ class Reference:
 
 def _split_stats(data: Dataset, split: str, judge: Extractor, path: Path) -> Stats:
     with contextlib.suppress(LabError):  # not there, or damaged: made again
-        if (found := load_stats(path, judge)).features is not None: return found
+        if (found := load_stats(path, judge)).features is not None:
+            where = Moments(1, judge.device).mean.device  # where fresh statistics are
+            return replace(found, mu=found.mu.to(where), sigma=found.sigma.to(where))
     found = reference_stats(getattr(data, split), judge, keep=True)
     found.save(path, features=True)
     return found
@@ -327,6 +330,7 @@ LPIPS_TRUNKS = dict(alex="alexnet-owt-7be5be79.pth", vgg="vgg16-397923af.pth", s
 
 def lpips_network(net: str = "alex", device="cpu") -> nn.Module:
     "The network of LPIPS with its weights; its trunk is torchvision's."
+    import_torchvision()
     lpips = need("lpips", "text")
     if net not in LPIPS_TRUNKS: raise unknown("LPIPS network", net, LPIPS_TRUNKS)
     try:
@@ -351,6 +355,7 @@ CLIP_MEAN, CLIP_STD = (.48145466, .4578275, .40821073), (.26862954, .26130258, .
 
 def load_clip(model: str = "openai/clip-vit-base-patch32", device="cpu"):
     "CLIP and its tokenizer, from a local folder, the cache or the hub."
+    import_torchvision()
     transformers = need("transformers", "text")
     try:
         tokenizer, network = transformers.AutoTokenizer.from_pretrained(model), transformers.CLIPModel.from_pretrained(model)
@@ -404,8 +409,8 @@ def _measured_beside(words: list, real: Stats, s: Sampled, ref: Reference, cfg: 
     judge, fake, found = ref.judge, s.stats, {}
     features = real.features if real.features is not None else getattr(ref, cfg.dataset_split).features
     if "kid" in words and (k := notes.attempt(lambda: kid(real, fake, judge, floor=False), None)): found |= {slug(k.metric): k.value, "kid_std": k.std, "kid_error": k.error}
-    if "prdc" in words and (p := notes.attempt(lambda: prdc(_rows_of(features, PRDC_IMAGES), _rows_of(fake.features, PRDC_IMAGES)), None)): found |= p._asdict()
-    if "infinity" in words: found["fd_infinity"] = notes.attempt(lambda: fd_infinity(real, fake.features).value)
+    if "prdc" in words and (p := notes.attempt(lambda: prdc(*(_rows_of(f, PRDC_IMAGES).to(fake.mu.device) for f in (features, fake.features))), None)): found |= p._asdict()
+    if "infinity" in words: found["fd_infinity"] = notes.attempt(lambda: fd_infinity(real, fake.features.to(fake.mu.device)).value)
     labels = None if s.labels is None else s.labels[:len(s.images)]
     if "lpips" in words: found["lpips_diversity"] = lpips_diversity(s.images, labels, net=networks["lpips"], device=judge.device)
     if "clip" in words:
@@ -415,7 +420,7 @@ def _measured_beside(words: list, real: Stats, s: Sampled, ref: Reference, cfg: 
 
 def scores(s: Sampled, ref: Reference, cfg: EvaluateConfig, words: list = (), real: Stats | None = None, networks: dict = {}) -> tuple[dict, Score, list]:
     "Everything that is measured of a checkpoint's samples: numbers by column, the distance with its floor, and remarks."
-    judge, fake, features, notes = ref.judge, s.stats, s.stats.features, _Notes()
+    judge, fake, features, notes = ref.judge, s.stats, s.stats.features.to(s.stats.mu.device), _Notes()
     real, key = (getattr(ref, cfg.dataset_split), f"{cfg.dataset_split} {fake.n} {cfg.seed}") if real is None else (real, "")
     if key and s.labels is not None: real, key = replace(real, labels=getattr(ref.data, cfg.dataset_split).labels), f"{key} by class"  # the samples have the data's shares of classes
     keep = ref.remember if key else lambda name, compute: compute()
@@ -564,6 +569,7 @@ def distance_vs_step(rows: list[dict], # of a fid_metrics.csv
     for ax, (kind, some) in zip(fig.subplots(len(kinds), 1, squeeze=False).flat, kinds.items()): ax.set_title(_distance_panel(ax, ", ".join(kind), some))
     return fig
 
+# %% ../nbs/14_evaluate.ipynb #c039
 def score_table(rows: list[dict]):
     "DataFrame of what was measured, a column a checkpoint, numbers rounded."
     import pandas as pd
@@ -588,7 +594,7 @@ def neighbours_grid(fakes, real,          # images [N, ...], and the nearest tra
     ax.set_title(f"Samples lie {ratio:.2f} times as far from training images as test images do{': do they copy?' if ratio < .7 else ''}" if math.isfinite(ratio) else "Samples and their nearest training images")
     return fig
 
-# %% ../nbs/14_evaluate.ipynb #c043
+# %% ../nbs/14_evaluate.ipynb #c044
 def pass_for_real(row: dict) -> "pd.DataFrame":
     "The four measures of a row and the baseline, beside what real images have."
     import pandas as pd
@@ -624,7 +630,7 @@ def guidance_curves(rows: list[dict]) -> Figure: # of one checkpoint at several 
     fig.suptitle(f"Nearest to test images at alpha {_float(best, 'alpha'):g}; every strength costs one pass")
     return fig
 
-# %% ../nbs/14_evaluate.ipynb #c047
+# %% ../nbs/14_evaluate.ipynb #c048
 @dataclass
 class Evaluation:
     "What `evaluate` found."
@@ -679,7 +685,7 @@ class Evaluator:
         context = {k: subject.metrics.get(f"train/{k}", subject.metrics.get(k)) for k in CONTEXT}
         return dict(checkpoint=subject.name, checkpoint_name=subject.path.stem, epoch=subject.epoch, step=subject.step, batch_size=self.cfg.batch_size, model_sha256=subject.sha256) | self.settings(subject) | context
 
-# %% ../nbs/14_evaluate.ipynb #c048
+# %% ../nbs/14_evaluate.ipynb #c049
 def _claim(folder: Path, base: str, settings: dict) -> Path:
     "The folder of a checkpoint under these settings: `base`, or with a suffix where that belongs to other settings."
     digest = hashlib.sha256(repr(sorted((k, _cell(v)) for k, v in settings.items())).encode()).hexdigest()
@@ -720,14 +726,14 @@ class _Told:
         if self.tracker is None: self.tracker = start_tracker(self.cfg.tracker, Run.join(self.cfg, "evaluate", str(self.path), False), plain(self.cfg), job="evaluate")
         numbers = {f"eval/{k}": v for k, v in row.items() if k not in (*SETTINGS, *CONTEXT, "epoch", "step", "batch_size") and isinstance(v, float) and math.isfinite(v)}
         self.tracker.log(numbers, row["step"])
-        self.tracker.images("eval/samples", s.images[:16], class_captions(classes, s.labels[:16]) if s.labels is not None else [f"sample {i}" for i in range(len(s.images[:16]))], row["step"])
+        self.tracker.images("eval/samples", s.images[:16].numpy(), class_captions(classes, s.labels[:16]) if s.labels is not None else [f"sample {i}" for i in range(len(s.images[:16]))], row["step"])
 
     def finish(self, best: dict | None) -> None:
         if self.tracker is None: return
         if best: self.tracker.summary({"eval/best_checkpoint": best["checkpoint"], "eval/best_step": _float(best, "step"), f"eval/best_{slug(distance_of(best)[0])}": distance_of(best)[1]} | {k: best[k] for k in SETTINGS})
         self.tracker.finish()
 
-# %% ../nbs/14_evaluate.ipynb #c049
+# %% ../nbs/14_evaluate.ipynb #c050
 def _one(e: Evaluator, subject: Subject, row: dict, words: list, artifact: Path, told: _Told) -> dict:
     "Sample, score and write down one checkpoint."
     cfg, began = e.cfg, time.perf_counter()
@@ -739,7 +745,7 @@ def _one(e: Evaluator, subject: Subject, row: dict, words: list, artifact: Path,
     ref, sampled_at = reference_of(e.data, e.judge), time.perf_counter()
     found, score, remarks = scores(s, ref, cfg, words, e.real, e.networks)
     seconds = dict(sampling=s.seconds, scoring=time.perf_counter() - sampled_at)
-    row = row | found | dict(eval_seconds=sum(seconds.values()), metrics=" ".join(words), artifact=artifact.name)
+    row = row | found | dict(eval_seconds=sum(seconds.values()), metrics=" ".join([*words, *(w for w, column in NETWORKS.items() if column in row and w not in words)]), artifact=artifact.name)
     title = f"{subject.path.stem}, step {subject.step:,}: {score.metric} {score.value:.3g}" + (f" (real against real {score.floor:.3g})" if score.floor is not None else "")
     save_figure(preview(s, e.data.classes, title), artifact / "preview.png")
     _, near = nearest(s.stats.features[:10], ref.train.features)
@@ -757,13 +763,16 @@ def _one(e: Evaluator, subject: Subject, row: dict, words: list, artifact: Path,
     print("\n".join([f"{subject.name}: {score}", *(f"  remark: {r}" for r in remarks if r not in score.warnings), f"  {time.perf_counter() - began:.1f} s" + (f", {s.continued:,} samples of an evaluation that was stopped" if s.continued else "")]), flush=True)
     return row
 
+NETWORKS = dict(clip="clip_score", lpips="lpips_diversity")  # what is kept rather than measured again: its network is not loaded
+
 def _plan(e: Evaluator, subject: Subject, row: dict) -> tuple:
     "Is it measured already? Else the words to measure, the folder, and its lock."
     old = find_row(read_rows(e.folder / "fid_metrics.csv"), row)
     words, same = split_words(e.cfg.metrics), bool(old) and old.get("model_sha256") == subject.sha256
     before = split_words(old.get("metrics", "")) if same else []
     if same and e.cfg.skip_existing and set(words) <= set(before): return "measured already", [], None, None
-    words = list(dict.fromkeys([*words, *(w for w in before if w not in ("clip", "lpips") and w in MEASURES)]))  # those two need networks that are not loaded
+    words = list(dict.fromkeys([*words, *(w for w in before if w not in NETWORKS and w in MEASURES)]))
+    row |= {column: old[column] for word, column in NETWORKS.items() if word in before and word not in words}
     artifact = _claim(e.folder, f"{subject.path.stem}_step{subject.step}", e.settings(subject))
     handle = _lock(artifact / ".lock")
     return ("" if handle else "another process is at it"), words, artifact, handle
@@ -797,7 +806,7 @@ def evaluate(cfg: EvaluateConfig) -> Evaluation:
         if told.tracker: told.tracker.finish()
     return result
 
-# %% ../nbs/14_evaluate.ipynb #c059
+# %% ../nbs/14_evaluate.ipynb #c060
 def _dataset_split(text: str) -> tuple[str, str] | None:
     name, colon, split = text.partition(":")
     if Path(text).exists() or not colon or "/" in text: return None
