@@ -367,7 +367,8 @@ class ConvNeXt(Staged):
     def __init__(self, net: nn.Module): # torchvision's
         f, (norm, _, head) = net.features, net.classifier
         super().__init__(f[0], [f[1], *(nn.Sequential(f[i], f[i + 1]) for i in (2, 4, 6))], nn.Identity(), head.in_features, head.out_features)
-        self.norm, self.head = nn.LayerNorm(head.in_features, eps=norm.eps), head
+        self.norm, self.head = nn.LayerNorm(head.in_features, eps=norm.eps), head  # on vectors, where torchvision's is on maps of one pixel
+        self.norm.weight, self.norm.bias = norm.weight, norm.bias
 
     def features(self, x: torch.Tensor) -> torch.Tensor: return self.norm(super().features(x))
 
