@@ -526,8 +526,8 @@ def _timm(name: str, weights: str, image_size: int, num_classes: int) -> tuple:
     return net, known.mean, known.std, image_size or (known.input_size[-1] if fixed else 0)
 
 def _same_classes(name: str, weights: str, wanted: int, found: int) -> int:
-    if wanted not in (0, found): raise LabError(f"num_classes={wanted}, but {weights or f'the published {name}'} has {found}; use {found}, 0 for features alone, or weights= of a network with {wanted} classes")
-    return found
+    if wanted in (0, found): return found
+    raise LabError(f"num_classes={wanted}, but {weights or f'the published {name}'} has {found}; use {found}, 0 for features alone, or weights= of a network with {wanted} classes")
 
 def pretrained(name: str,           # resnet18 (torchvision's), or a model of timm, such as vit_small_patch14_dinov2.lvd142m
                weights: str = "",   # a file with its weights; "" is the hub's cache or a download
@@ -545,10 +545,12 @@ def pretrained(name: str,           # resnet18 (torchvision's), or a model of ti
     except LabError: raise
     except Exception as e:  # no network, a damaged file, weights of another model, a size that the model refuses
         why = f"{type(e).__name__}: {' '.join(str(e).split())[:160]}"
-        raise LabError(f"{weights} does not fit {name} at {image_size=} ({why}); give a file with the weights of this very model" if weights else f"no weights for {name} ({why}); {_where(name)}, or give the file with weights=") from None
+        if weights: raise LabError(f"{weights} does not fit {name} at {image_size=} ({why}); give a file with the weights of this very model") from None
+        raise LabError(f"no weights for {name} ({why}); {_where(name)}, or give the file with weights=") from None
     net, mean, std, size = found
     return Frozen(net, mean, std, name, device, dtype, size=size)
 
+# %% ../nbs/04_models.ipynb #c090
 def _where(name: str) -> str:
     "Which file of published weights goes where."
     if name == "resnet18":
@@ -557,7 +559,8 @@ def _where(name: str) -> str:
     import timm
     try: known = timm.get_pretrained_cfg(name)
     except RuntimeError: known = None  # an unknown tag
-    if known is None or not (known.hf_hub_id or known.url): return f"nothing is published under this name; of its kind there are {timm.list_pretrained(name.split('.')[0] + '.*') or 'no published weights'}"
+    others = timm.list_pretrained(name.split(".")[0] + ".*")
+    if known is None or not (known.hf_hub_id or known.url): return f"nothing is published under this name; of its kind there are {others or 'no published weights'}"
     if not known.hf_hub_id: return f"put {known.url} into {Path(torch.hub.get_dir()) / 'checkpoints'}"
     from huggingface_hub.constants import HF_HUB_CACHE
     return f"fetch model.safetensors of https://huggingface.co/{known.hf_hub_id} into {HF_HUB_CACHE} (with `hf download {known.hf_hub_id}`)"
