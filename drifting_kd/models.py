@@ -11,14 +11,15 @@ import torch
 import torch.fx
 import torch.nn.functional as F
 from torch import nn
-from .core import LabError, unknown, run_state, runs_folder
+from .core import LabError, unknown, import_torchvision, run_state, runs_folder
 from .data import normalize
 
 # %% auto #0
-__all__ = ['MODELS', 'CONVOLUTIONS', 'BATCHNORMS', 'CHECKPOINT_KEYS', 'conv3x3', 'projection', 'BasicBlock', 'Bottleneck',
-           'ResNet', 'list_models', 'create_model', 'count_parameters', 'rebuild', 'layer_names', 'activations',
-           'parameter_layers', 'output_sizes', 'flops', 'model_name', 'describe', 'foldable', 'fold_batchnorm',
-           'load_checkpoint', 'checkpoint_model', 'weights_sha256', 'Frozen', 'frozen']
+__all__ = ['MODELS', 'LEAST_SIZE', 'CONVOLUTIONS', 'BATCHNORMS', 'CHECKPOINT_KEYS', 'conv3x3', 'projection', 'BasicBlock',
+           'Bottleneck', 'ResNet', 'list_models', 'create_model', 'count_parameters', 'rebuild', 'layer_names',
+           'activations', 'parameter_layers', 'output_sizes', 'flops', 'model_name', 'describe', 'foldable',
+           'fold_batchnorm', 'conv_bn', 'Staged', 'PreActBlock', 'ShuffleUnit', 'InvertedResidual', 'ConvNeXt',
+           'load_checkpoint', 'checkpoint_model', 'weights_sha256', 'Frozen', 'frozen', 'pretrained']
 
 # %% ../nbs/04_models.ipynb #c005
 def conv3x3(inputs: int, outputs: int, stride: int = 1) -> nn.Conv2d: return nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
@@ -102,6 +103,8 @@ MODELS |= {f"resnet{6 * n + 2}x4": functools.partial(_cifar_resnet, n, (64, 128,
 MODELS |= {name: functools.partial(_imagenet_resnet, block, depths) for name, block, depths in (
     ("resnet18", BasicBlock, (2, 2, 2, 2)), ("resnet34", BasicBlock, (3, 4, 6, 3)), ("resnet50", Bottleneck, (3, 4, 6, 3)))}
 
+LEAST_SIZE = {}  # name -> pixels below which its map would vanish, where there is such a size
+
 def list_models() -> list[str]:
     "The names that `create_model` knows, smaller numbers first."
     return sorted(MODELS, key=lambda name: [int(p) if p.isdigit() else p for p in re.split(r"(\d+)", name)])
@@ -117,6 +120,7 @@ def create_model(name: str,            # one of list_models()
     kwargs = dict(name=name, num_classes=num_classes, in_channels=in_channels, image_size=image_size)
     for key, value in list(kwargs.items())[1:]:
         if not isinstance(value, int) or isinstance(value, bool) or value < 1: raise LabError(f"{key}={value!r}: expected a whole number of at least 1")
+    if image_size < LEAST_SIZE.get(name, 1): raise LabError(f"{name} needs images of at least {LEAST_SIZE[name]} pixels, given image_size={image_size}; enlarge them, or use another network")
     model = MODELS[name](num_classes=num_classes, in_channels=in_channels, image_size=image_size)
     model.spec = {"factory": "drifting_kd.models.create_model", "kwargs": kwargs}
     return model
@@ -245,6 +249,139 @@ def fold_batchnorm(model: nn.Module) -> nn.Module:
     return model
 
 # %% ../nbs/04_models.ipynb #c043
+def conv_bn(inputs: int, outputs: int, kernel: int = 1, stride: int = 1, groups: int = 1, act: type | None = nn.ReLU, bias: bool = False) -> list[nn.Module]:
+    "Convolution, BatchNorm and activation, to be put into a Sequential."
+    return [nn.Conv2d(inputs, outputs, kernel, stride, kernel // 2, groups=groups, bias=bias), nn.BatchNorm2d(outputs), *([act()] if act else [])]
+
+class Staged(nn.Module):
+    "Stem, stages, tail, mean over positions, linear head."
+    def __init__(self, stem: nn.Module, stages: list[nn.Module], tail: nn.Module, width: int, num_classes: int):
+        super().__init__()
+        self.stem, self.stages = stem, [f"layer{i}" for i in range(1, len(stages) + 1)]
+        for name, stage in zip(self.stages, stages): self.add_module(name, stage)
+        self.tail, self.head = tail, nn.Linear(width, num_classes)
+
+    def he(self, head_std: float = 0.) -> Staged: # deviation of the head; 0 is torch's default
+        "He's initialisation, biases zero."
+        for m in self.modules():
+            if isinstance(m, nn.Conv2d): nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")
+            if isinstance(m, (nn.Conv2d, nn.Linear)) and m.bias is not None: nn.init.zeros_(m.bias)
+        if head_std: nn.init.normal_(self.head.weight, std=head_std)
+        return self
+
+    def features(self, x: torch.Tensor) -> torch.Tensor:
+        "The pooled vector `[B, D]` that the head sees."
+        x = self.stem(x)
+        for name in self.stages: x = self.get_submodule(name)(x)
+        return self.tail(x).mean((2, 3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor: return self.head(self.features(x))
+
+# %% ../nbs/04_models.ipynb #c045
+class PreActBlock(nn.Module):
+    "BatchNorm, ReLU, 3x3, twice, and a shortcut."
+    def __init__(self, inputs: int, width: int, stride: int = 1):
+        super().__init__()
+        self.bn1, self.conv1 = nn.BatchNorm2d(inputs), conv3x3(inputs, width, stride)
+        self.bn2, self.conv2 = nn.BatchNorm2d(width), conv3x3(width, width)
+        self.shortcut = None if inputs == width else nn.Conv2d(inputs, width, 1, stride, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = F.relu(self.bn1(x))
+        x = x if self.shortcut is None else self.shortcut(y)
+        return x + self.conv2(F.relu(self.bn2(self.conv1(y))))
+
+def _wrn(depth: int, factor: int, num_classes: int, in_channels: int, image_size: int) -> nn.Module:
+    widths, stages = (16, 16 * factor, 32 * factor, 64 * factor), []
+    for i in range(3):
+        blocks = [PreActBlock(widths[i + (j > 0)], widths[i + 1], stride=2 if i and not j else 1) for j in range((depth - 4) // 6)]
+        stages.append(nn.Sequential(*blocks))
+    return Staged(conv3x3(in_channels, 16), stages, nn.Sequential(nn.BatchNorm2d(widths[3]), nn.ReLU()), widths[3], num_classes).he()
+
+MODELS |= {f"wrn_{depth}_{factor}": functools.partial(_wrn, depth, factor) for depth, factor in ((16, 2), (40, 1), (40, 2))}
+
+# %% ../nbs/04_models.ipynb #c048
+def _vgg(depths: tuple, num_classes: int, in_channels: int, image_size: int) -> nn.Module:
+    channels, stages = in_channels, []
+    for i, (width, depth) in enumerate(zip((64, 128, 256, 512, 512), depths)):
+        layers = [nn.MaxPool2d(2)] if 0 < i < 4 or i == 4 and image_size >= 64 else []
+        for _ in range(depth):
+            layers += conv_bn(channels, width, 3, bias=True)
+            channels = width
+        stages.append(nn.Sequential(*layers))
+    return Staged(nn.Identity(), stages, nn.Identity(), channels, num_classes).he(head_std=.01)
+
+MODELS |= {"vgg8": functools.partial(_vgg, (1,) * 5), "vgg13": functools.partial(_vgg, (2,) * 5)}
+LEAST_SIZE |= {"vgg8": 8, "vgg13": 8}
+
+# %% ../nbs/04_models.ipynb #c053
+class ShuffleUnit(nn.Module):
+    "Half of the channels passes, the other goes through 1x1, 3x3 depthwise, 1x1; with stride 2 both sides work, on all channels."
+    def __init__(self, inputs: int, outputs: int, stride: int):
+        super().__init__()
+        half = outputs // 2
+        self.left = None if stride == 1 else nn.Sequential(*conv_bn(inputs, inputs, 3, stride, inputs, None), *conv_bn(inputs, half))
+        self.right = nn.Sequential(*conv_bn(half if stride == 1 else inputs, half), *conv_bn(half, half, 3, stride, half, None), *conv_bn(half, half))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        left, right = x.chunk(2, 1) if self.left is None else (self.left(x), x)
+        return torch.cat([left, self.right(right)], 1).unflatten(1, (2, -1)).transpose(1, 2).flatten(1, 2)  # one channel from the left, one from the right
+
+def _shufflenet_v2(num_classes: int, in_channels: int, image_size: int) -> nn.Module:
+    stem = conv_bn(in_channels, 24) if image_size <= 64 else [*conv_bn(in_channels, 24, 3, 2), nn.MaxPool2d(3, 2, padding=1)]
+    channels, stages = 24, []
+    for width, depth in ((116, 4), (232, 8), (464, 4)):
+        stages.append(nn.Sequential(*(ShuffleUnit(width if j else channels, width, 1 if j else 2) for j in range(depth))))
+        channels = width
+    return Staged(nn.Sequential(*stem), stages, nn.Sequential(*conv_bn(channels, 1024)), 1024, num_classes)
+
+MODELS |= {"shufflenet_v2": _shufflenet_v2}
+
+# %% ../nbs/04_models.ipynb #c056
+class InvertedResidual(nn.Module):
+    "1x1 up, 3x3 depthwise, 1x1 down without activation; the input is added where the shape stays."
+    def __init__(self, inputs: int, outputs: int, stride: int, expansion: int, act: type, widen: bool):
+        super().__init__()
+        wide = expansion * inputs
+        self.conv = nn.Sequential(*(conv_bn(inputs, wide, act=act) if widen else []), *conv_bn(wide, wide, 3, stride, wide, act), *conv_bn(wide, outputs, act=None))
+        self.adds = stride == 1 and inputs == outputs
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor: return x + self.conv(x) if self.adds else self.conv(x)
+
+def _mobilenet_v2(half: bool, num_classes: int, in_channels: int, image_size: int) -> nn.Module:
+    act, part = (nn.ReLU, 2) if half else (nn.ReLU6, 1)
+    channels, stages = 32 // part, [[]]
+    stem = conv_bn(in_channels, channels, 3, 2 if half or image_size > 64 else 1, act=act)
+    for expansion, width, depth, stride in ((1, 16, 1, 1), (6, 24, 2, 1 if half else 2), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1)):
+        if stride == 2: stages.append([])
+        for j in range(depth):
+            stages[-1].append(InvertedResidual(channels, width // part, 1 if j else stride, expansion, act, widen=half or expansion > 1))
+            channels = width // part
+    return Staged(nn.Sequential(*stem), [nn.Sequential(*s) for s in stages], nn.Sequential(*conv_bn(channels, 1280, act=act)), 1280, num_classes).he(head_std=.01)
+
+MODELS |= {"mobilenet_v2": functools.partial(_mobilenet_v2, False), "mobilenet_v2_half": functools.partial(_mobilenet_v2, True)}
+
+# %% ../nbs/04_models.ipynb #c061
+class ConvNeXt(Staged):
+    "LayerNorm after the mean."
+    def __init__(self, net: nn.Module): # torchvision's
+        f, (norm, _, head) = net.features, net.classifier
+        super().__init__(f[0], [f[1], *(nn.Sequential(f[i], f[i + 1]) for i in (2, 4, 6))], nn.Identity(), head.in_features, head.out_features)
+        self.norm, self.head = nn.LayerNorm(head.in_features, eps=norm.eps), head  # on vectors, where torchvision's is on maps of one pixel
+        self.norm.weight, self.norm.bias = norm.weight, norm.bias
+
+    def features(self, x: torch.Tensor) -> torch.Tensor: return self.norm(super().features(x))
+
+def _convnext_tiny(num_classes: int, in_channels: int, image_size: int) -> nn.Module:
+    net, patch = import_torchvision().models.convnext_tiny(num_classes=num_classes), 2 if image_size <= 32 else 4
+    net.features[0][0] = stem = nn.Conv2d(in_channels, 96, patch, patch)
+    nn.init.trunc_normal_(stem.weight, std=.02); nn.init.zeros_(stem.bias)
+    return ConvNeXt(net)
+
+MODELS |= {"convnext_tiny": _convnext_tiny}
+LEAST_SIZE |= {"convnext_tiny": 16}
+
+# %% ../nbs/04_models.ipynb #c073
 CHECKPOINT_KEYS = ("model", "ema", "optimizer", "task", "rng", "config", "factory", "kwargs", "step", "epoch", "metrics")
 
 def load_checkpoint(path: str | Path) -> dict:
@@ -277,10 +414,10 @@ def checkpoint_model(checkpoint: dict,  # from load_checkpoint
     except (RuntimeError, TypeError, AttributeError) as e: raise LabError(f"the checkpoint's weights do not fit {model_name(model)}: {' '.join(str(e).split())[:300]}") from None
     return model
 
-# %% ../nbs/04_models.ipynb #c048
-def weights_sha256(model: nn.Module, mean: tuple, std: tuple) -> str:
-    "A hash of everything that decides the output: weights, statistics, normalisation; the same on every device."
-    digest = hashlib.sha256(json.dumps([[float(v) for v in mean], [float(v) for v in std]]).encode())
+# %% ../nbs/04_models.ipynb #c078
+def weights_sha256(model: nn.Module, mean: tuple, std: tuple, size: int = 0) -> str:
+    "A hash of everything that decides the output: weights, statistics, normalisation, resizing; the same on every device."
+    digest = hashlib.sha256(json.dumps([[float(v) for v in mean], [float(v) for v in std], *([size] if size else [])]).encode())
     for name, value in sorted(model.state_dict().items()):
         if name.endswith("num_batches_tracked"): continue  # it counts steps and changes no output
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
@@ -289,23 +426,29 @@ def weights_sha256(model: nn.Module, mean: tuple, std: tuple) -> str:
 
 class Frozen:
     "A network that is only looked through; made by `frozen`."
-    def __init__(self, model: nn.Module, mean: tuple, std: tuple, name: str, device="cpu", dtype: torch.dtype = torch.float32, channels_last: bool = True):
-        self.mean, self.std, self.name = tuple(float(v) for v in mean), tuple(float(v) for v in std), name
-        self.device, self.dtype, self.sha256 = torch.device(device), dtype, weights_sha256(model, mean, std)
+    def __init__(self, model: nn.Module, mean: tuple, std: tuple, name: str, device="cpu", dtype: torch.dtype = torch.float32, channels_last: bool = True,
+                 size: int = 0): # side that images are resized to; 0: as they come
+        self.mean, self.std, self.name, self.size = tuple(float(v) for v in mean), tuple(float(v) for v in std), name, size
+        self.device, self.dtype, self.sha256 = torch.device(device), dtype, weights_sha256(model, mean, std, size)
         kwargs = getattr(model, "spec", {}).get("kwargs", {})
         head = getattr(model, "head", None)
-        self.num_classes = kwargs.get("num_classes") or getattr(head, "out_features", None)
-        self.image_size = kwargs.get("image_size")
+        self.num_classes = kwargs.get("num_classes") or getattr(head, "out_features", None) or getattr(model, "num_classes", None) or None  # timm says 0 for a network without classifier
+        self.image_size = size or kwargs.get("image_size")
         self.model = fold_batchnorm(model).requires_grad_(False).to(self.device, dtype, memory_format=torch.channels_last if channels_last else torch.preserve_format)
 
     def prepare(self, x: torch.Tensor) -> torch.Tensor:
-        "Pixels as the network was trained on them: `(x/255 - mean)/std` of uint8, NHWC or NCHW; floats in [0, 1] let gradients through."
+        "Pixels as the network was trained on them: `(x/255 - mean)/std` of uint8, NHWC or NCHW; floats in [0, 1] let gradients through. Grey becomes colour where the network wants it."
         channels = len(self.mean)
-        if x.ndim != 4 or channels not in (x.shape[1], x.shape[3]): raise LabError(f"{self.name} was given {tuple(x.shape)}; expected [N, {channels}, H, W] or [N, H, W, {channels}]")
+        accepted = [c for c in (channels, 1) if x.ndim == 4 and c in (x.shape[1], x.shape[3]) and c in (channels, channels // 3)]  # one channel also where three are wanted
+        if not accepted: raise LabError(f"{self.name} was given {tuple(x.shape)}; expected [N, {channels}, H, W] or [N, H, W, {channels}]")
         x = x.to(self.device)
-        if x.shape[1] != channels: x = x.permute(0, 3, 1, 2)
-        if x.dtype == torch.uint8: return normalize(x, self.mean, self.std, self.dtype)
+        if x.shape[1] != accepted[0]: x = x.permute(0, 3, 1, 2)
+        x = x.expand(-1, channels, -1, -1)
+        resized = self.size and tuple(x.shape[2:]) != (self.size, self.size)
+        if x.dtype == torch.uint8 and not resized: return normalize(x, self.mean, self.std, self.dtype)
+        if x.dtype == torch.uint8: x = x / 255
         if not x.is_floating_point(): raise LabError(f"{self.name} was given {x.dtype}; expected uint8 pixels, or floats in [0, 1]")
+        if resized: x = F.interpolate(x, (self.size, self.size), mode="bicubic", antialias=True)  # what overshoots [0, 1] a little is not cut: gradients pass
         mean, std = (x.new_tensor(v).view(1, -1, 1, 1) for v in (self.mean, self.std))
         return ((x - mean) / std).to(self.dtype)
 
@@ -320,12 +463,13 @@ class Frozen:
         if layers is not None:
             with activations(self, layers) as seen: self(x)
             return {name: value.float() for name, value in seen.items()}
+        if hasattr(self.model, "forward_head"): return self.model.forward_head(self.model.forward_features(self.prepare(x)), pre_logits=True).float()  # timm
         if not (hasattr(self.model, "features") and hasattr(self.model, "head")): raise LabError(f"{self.name} has no features and head; name layers, such as {layer_names(self.model)[-1]!r}")
         return self.model.features(self.prepare(x)).float()
 
     def __repr__(self) -> str: return f"Frozen({self.name}, {self.num_classes} classes, {sum(p.numel() for p in self.model.parameters()):,} weights, {self.device}, {self.dtype}, sha256 {self.sha256[:12]})"
 
-# %% ../nbs/04_models.ipynb #c049
+# %% ../nbs/04_models.ipynb #c079
 def _resolve(source: str | Path) -> Path:
     "The checkpoint file that a path, a run folder or a run's name means."
     path = Path(source) if Path(source).exists() else runs_folder() / source
@@ -341,6 +485,7 @@ def frozen(source,                 # a module, a run folder, a run's name, or a 
            std: tuple | None = None,
            channels_last: bool = True,
            dtype: torch.dtype = torch.float32, # bfloat16 for speed; logits come back in fp32
+           size: int = 0,          # side that images are resized to; 0: as they come
           ) -> Frozen:
     "One object for teacher, encoder and judge; the source is copied and stays as it was."
     if isinstance(source, nn.Module): model, name, task = source, model_name(source), {}
@@ -352,4 +497,70 @@ def frozen(source,                 # a module, a run folder, a run's name, or a 
         name = path.parent.name if path.name == "final_model.pt" else f"{path.parent.parent.name}/{path.stem}" if path.parent.name == "checkpoints" else path.stem
     mean, std = (task.get(key) if given is None else given for key, given in (("mean", mean), ("std", std)))
     if mean is None or std is None or len(mean) != len(std): raise LabError(f"{name}: no normalisation of its own; give mean= and std=, one number a channel")
-    return Frozen(model, mean, std, name, device, dtype, channels_last)
+    return Frozen(model, mean, std, name, device, dtype, channels_last, size)
+
+# %% ../nbs/04_models.ipynb #c089
+def _resnet18(weights: str, image_size: int, num_classes: int) -> tuple:
+    "torchvision's, in our layers: (model, mean, std, input size)."
+    published = import_torchvision().models.ResNet18_Weights.IMAGENET1K_V1
+    state = torch.load(weights, map_location="cpu", weights_only=True) if weights else published.get_state_dict(progress=False, check_hash=True)
+    net = create_model("resnet18", _same_classes("resnet18", weights, num_classes, len(state["fc.weight"])), 3, 224)
+    net.load_state_dict({k.replace("fc.", "head."): v for k, v in state.items()})
+    if not num_classes: net.head = nn.Identity()
+    net.spec = {}  # it is not what create_model alone would make
+    return net, published.transforms().mean, published.transforms().std, image_size
+
+def _timm(name: str, weights: str, image_size: int, num_classes: int) -> tuple:
+    "A model of timm: (model, mean, std, input size)."
+    import timm
+    known = timm.get_pretrained_cfg(name)
+    own, classes, fixed = {}, known.num_classes, known.fixed_input_size
+    if weights:
+        head = timm.models.load_state_dict(weights).get(f"{known.classifier if isinstance(known.classifier, str) else known.classifier[0]}.weight")
+        classes = 0 if head is None else len(head)
+        own = dict(pretrained_cfg_overlay=dict(file=weights, num_classes=classes, custom_load=False))  # with the file's own classes timm loads strictly
+    net = timm.create_model(name, pretrained=True, num_classes=_same_classes(name, weights, num_classes, classes), **own, **(dict(img_size=image_size) if fixed and image_size else {}))
+    if classes and not num_classes: net.reset_classifier(0)
+    patch = getattr(getattr(net, "patch_embed", None), "patch_size", (1,))[0]
+    if image_size % patch: raise LabError(f"image_size={image_size}: {name} cuts images into patches of {patch} pixels and would not see the rest; use a multiple of {patch}")
+    return net, known.mean, known.std, image_size or (known.input_size[-1] if fixed else 0)
+
+def _same_classes(name: str, weights: str, wanted: int, found: int) -> int:
+    if wanted in (0, found): return found
+    raise LabError(f"num_classes={wanted}, but {weights or f'the published {name}'} has {found}; use {found}, 0 for features alone, or weights= of a network with {wanted} classes")
+
+def pretrained(name: str,           # resnet18 (torchvision's), or a model of timm, such as vit_small_patch14_dinov2.lvd142m
+               weights: str = "",   # a file with its weights; "" is the hub's cache or a download
+               image_size: int = 0, # side that images are resized to; 0: as they come, or what the network needs
+               num_classes: int = 0,# classes of its classifier, which must be in the weights; 0: features alone
+               device="cpu", dtype: torch.dtype = torch.float32) -> Frozen:
+    "A frozen network with weights that were trained elsewhere, and its own normalisation."
+    import_torchvision()
+    import timm
+    if name != "resnet18" and not timm.is_model(name.split(".")[0]): raise unknown("pretrained network", name, ["resnet18", *timm.list_models()])
+    weights = str(weights)
+    if weights and not Path(weights).is_file(): raise LabError(f"weights={weights}: no such file; give a file with the weights of {name}")
+    try:
+        with torch.random.fork_rng(devices=[]): found = (_resnet18 if name == "resnet18" else functools.partial(_timm, name))(weights, image_size, num_classes)
+    except LabError: raise
+    except Exception as e:  # no network, a damaged file, weights of another model, a size that the model refuses
+        why = f"{type(e).__name__}: {' '.join(str(e).split())[:160]}"
+        if weights: raise LabError(f"{weights} does not fit {name} at {image_size=} ({why}); give a file with the weights of this very model") from None
+        raise LabError(f"no weights for {name} ({why}); {_where(name)}, or give the file with weights=") from None
+    net, mean, std, size = found
+    return Frozen(net, mean, std, name, device, dtype, size=size)
+
+# %% ../nbs/04_models.ipynb #c090
+def _where(name: str) -> str:
+    "Which file of published weights goes where."
+    if name == "resnet18":
+        url = import_torchvision().models.ResNet18_Weights.IMAGENET1K_V1.url
+        return f"put {url} into {Path(torch.hub.get_dir()) / 'checkpoints'}"
+    import timm
+    try: known = timm.get_pretrained_cfg(name)
+    except RuntimeError: known = None  # an unknown tag
+    others = timm.list_pretrained(name.split(".")[0] + ".*")
+    if known is None or not (known.hf_hub_id or known.url): return f"nothing is published under this name; of its kind there are {others or 'no published weights'}"
+    if not known.hf_hub_id: return f"put {known.url} into {Path(torch.hub.get_dir()) / 'checkpoints'}"
+    from huggingface_hub.constants import HF_HUB_CACHE
+    return f"fetch model.safetensors of https://huggingface.co/{known.hf_hub_id} into {HF_HUB_CACHE} (with `hf download {known.hf_hub_id}`)"
