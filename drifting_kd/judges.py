@@ -162,7 +162,7 @@ def degradation_panels(studies: list,    # of `study`
             ax.plot(at, rows.mean(0), color=COLOURS[r % len(COLOURS)])
             ax.plot(np.tile(at, len(rows)), rows.ravel(), "o", color=COLOURS[r % len(COLOURS)], markersize=3, alpha=.6)
             ax.set(yscale="log", xticks=at, xticklabels=["all" if kind == "collapse" and not v else f"{v:.2g}".replace("0.", ".") for v in f["steps"]])
-            ax.annotate(f"{rows.mean(0)[-1] / s['floor']:.3g} floors", (at[-1], rows.mean(0)[-1]), xytext=(-4, 5), textcoords="offset points", ha="right", color=COLOURS[r % len(COLOURS)])
+            ax.annotate(f"{np.format_float_positional(rows.mean(0)[-1] / s['floor'], 3, fractional=False, trim='-')} floors", (at[-1], rows.mean(0)[-1]), xytext=(-4, 5), textcoords="offset points", ha="right", color=COLOURS[r % len(COLOURS)])
             if not r: ax.set_title({"noise": "noise", "blur": "blur", "dropped": "classes dropped", "collapse": "mode collapse"}[kind])
             if r == len(studies) - 1: ax.set_xlabel(f["unit"])
         axes[0].set_ylabel(f"{s['metric']}\n(n={s['n']:,}, floor {s['floor']:.2g})")
