@@ -14,7 +14,7 @@ from .fid import exact_fp32
 from .plots import COLOURS, Picture, _array, _styled
 
 # %% auto #0
-__all__ = ['BLOCK', 'compute_V']
+__all__ = ['BLOCK', 'compute_V', 'feature_scale', 'guidance_weight', 'drift_loss', 'compiled_V']
 
 # %% ../nbs/11_drift.ipynb #c003
 class _Sets(NamedTuple):
@@ -124,6 +124,8 @@ class _Field(NamedTuple):
     dist_var: Tensor | None
     drift_norm: Tensor | None   # root mean square over samples of |sum of the unnormalised V|, in units of S
 
+def _sums(s: _Sets) -> Tensor: return torch.zeros(2, *s.yy.shape, dtype=torch.float32 if s.yy.device.type == "mps" else torch.float64, device=s.yy.device)  # MPS has no float64
+
 def _mean_distance(s: _Sets, sums: Tensor) -> Tensor:
     "S: mean of d over all pairs of all groups, those with unconditional samples weighted."
     B, N, _ = s.x.shape
@@ -176,7 +178,7 @@ def _field(s: _Sets, temps, steps: int, chunk: int, normalize: bool = True, scal
     "The drifting field of all groups; `scaled` measures temperatures in units of S and `V` is then the loss's (normalised) step."
     (B, N, D), M, T, on = s.x.shape, s.y.shape[1], len(temps), s.x.device
     all_groups, all_rows = _blocks(B, N, T * M, chunk, on.type)
-    sums = torch.zeros(2, B, M, dtype=torch.float32 if on.type == "mps" else torch.float64, device=on) if scaled or stats else None  # MPS has no float64
+    sums = _sums(s) if scaled or stats else None
     kept = None if chunk else _distances(s, slice(0, B), slice(0, N), sums)
     if chunk and sums is not None:
         for groups in all_groups:
@@ -219,3 +221,64 @@ def compute_V(x: Tensor,                    # [..., N, D] generated samples, or 
     with exact_fp32(x.device): found = _field(s, temps, sinkhorn_iters, chunk, normalize, stats=return_dist_stats)
     V = found.V.view(x.shape)
     return (V, {"feature_dist_mean": found.dist_mean, "feature_dist_var": found.dist_var}) if return_dist_stats else V
+
+# %% ../nbs/11_drift.ipynb #c010
+@torch.no_grad()
+def feature_scale(x: Tensor, y_pos: Tensor, y_neg: Tensor | None = None, y_uncond: Tensor | None = None, uncond_weight=1., self_mask: bool = False, chunk: int = 0) -> Tensor:
+    "S, one number for one feature map: the mean distance from x to all of y over all groups; pairs with unconditional samples count w, a sample and itself not at all."
+    s = _sets(x, y_pos, y_neg, y_uncond, uncond_weight, self_mask, chunk=chunk)
+    (B, N, _), M = s.x.shape, s.y.shape[1]
+    with exact_fp32(x.device):
+        sums = _sums(s)
+        groups, rows = _blocks(B, N, M, chunk, x.device.type)
+        for b in groups:
+            for r in rows: _distances(s, b, r, sums)
+    return _mean_distance(s, sums).to(s.x.dtype)
+
+def guidance_weight(alpha, # of one group, or a tensor of them; at least 1, and 1 is no guidance
+                    n: int, # generated samples in a group
+                    u: int, # unconditional samples in a group
+                   ):
+    "w = (alpha - 1)(N - 1)/U: unconditional samples are then the share (alpha - 1)/alpha of all negatives."
+    if n < 2 or u < 1: raise LabError(f"guidance_weight: n={n} generated and u={u} unconditional samples; expected at least 2 and 1")
+    low = alpha if not isinstance(alpha, Tensor) else float(alpha.min()) if alpha.device.type == "cpu" else 1
+    if not 1 <= low < math.inf: raise LabError(f"alpha={low:g}: guidance starts at 1, which is none")
+    return (alpha - 1) * (n - 1) / u
+
+# %% ../nbs/11_drift.ipynb #c011
+class _Towards(torch.autograd.Function):
+    "A loss whose value and gradient with respect to x are known."
+    @staticmethod
+    def forward(ctx, x: Tensor, value: Tensor, gradient: Tensor) -> Tensor:
+        ctx.save_for_backward(gradient)
+        return value.clone()
+    @staticmethod
+    def backward(ctx, upstream: Tensor): return upstream * ctx.saved_tensors[0], None, None
+
+def drift_loss(x: Tensor,                    # [..., N, D] features of generated (or a student's) samples; the gradient flows here and nowhere else
+               y_pos: Tensor,                # [..., P, D] of real samples (or the teacher's) of the same class
+               y_neg: Tensor | None = None,  # the rest as in compute_V
+               temps=(.02, .05, .2),         # in units of S, the mean distance
+               y_uncond: Tensor | None = None,
+               uncond_weight=1.,
+               self_mask: bool = False,
+               sinkhorn_iters: int = 1,
+               chunk: int = 0,
+               compiled: bool = False,       # on a CUDA device, as `compiled_V`
+              ) -> tuple[Tensor, dict]:      # the loss, and 0-d tensors: drift_norm, feature_dist_mean, feature_dist_var, feature_scale
+    "Mean squared distance from f = x sqrt(D)/S to the fixed target f + V: one feature map, all of its groups."
+    with torch.no_grad(), exact_fp32(x.device):
+        s = _sets(x, y_pos, y_neg, y_uncond, uncond_weight, self_mask, temps, sinkhorn_iters, chunk)
+        found = _field(s, temps, sinkhorn_iters, chunk, scaled=True, compiled=compiled)
+        V = found.V.view(x.shape)
+        value, gradient = V.square().mean(), (V * (-2 * math.sqrt(V.shape[-1]) / V.numel() / found.scale.clamp(min=1e-30))).to(x.dtype)
+    stats = {"drift_norm": found.drift_norm, "feature_dist_mean": found.dist_mean, "feature_dist_var": found.dist_var, "feature_scale": found.scale}
+    return _Towards.apply(x, value, gradient), stats
+
+# %% ../nbs/11_drift.ipynb #c012
+@torch.no_grad()
+def compiled_V(x: Tensor, y_pos: Tensor, y_neg: Tensor | None = None, temps=(.02, .05, .2), y_uncond: Tensor | None = None, uncond_weight=1., self_mask: bool = False,
+               normalize: bool = True, sinkhorn_iters: int = 1, chunk: int = 0) -> Tensor:
+    "`compute_V` with everything between its products compiled on a CUDA device; elsewhere it is `compute_V`."
+    s = _sets(x, y_pos, y_neg, y_uncond, uncond_weight, self_mask, temps, sinkhorn_iters, chunk)
+    with exact_fp32(x.device): return _field(s, temps, sinkhorn_iters, chunk, normalize, compiled=True).V.view(x.shape)
