@@ -59,7 +59,7 @@ def _sets(x: Tensor, y_pos: Tensor, y_neg: Tensor | None, y_uncond: Tensor | Non
     def flat(t): return t.detach().to(dtype).reshape(-1, *t.shape[-2:])
     moved, negatives = flat(x), y_neg if y_neg is not None else x
     y = torch.cat([moved if negatives is x else flat(negatives)] + [flat(given[n]) for n in ("y_uncond", "y_pos") if n in given], 1)
-    centre = y.mean(1, keepdim=True)  # |x|^2 + |y|^2 - 2xy loses digits far from the origin, and the field does not see a shift
+    centre = y.sum(1, keepdim=True) / y.shape[1]  # |x|^2 + |y|^2 - 2xy loses digits far from the origin, and the field does not see a shift
     y.sub_(centre)
     moved = y[:, :x.shape[-2]] if negatives is x else moved - centre
     yy = torch.linalg.vector_norm(y, dim=-1).square_()
@@ -330,7 +330,7 @@ def toy_field(x,                  # generated samples [N, 2], or a list of such:
     fig = Picture(figsize=(2.6 * columns if columns > 1 else 4, (2.6 if columns > 1 else 4) * rows * (.15 + (high - low)[1] / span) + .5 + .3 * bool(title)), layout="constrained")
     axes = fig.subplots(rows, columns, squeeze=False).flat
     for i, (ax, c, r, v) in enumerate(zip(axes, x, y, V)):
-        ax.scatter(*r.T, s=7, color=COLOURS[5], linewidths=0)
+        ax.scatter(*r.T, s=7, color=COLOURS[0], alpha=.6, linewidths=0)
         ax.scatter(*c.T, s=7, color=COLOURS[1], linewidths=0)
         if v is not None: ax.quiver(*c.T, *(length * v).T, angles="xy", scale_units="xy", scale=1, width=.005, color=COLOURS[6], alpha=.65)
         ax.set(xlim=(low[0] - .1 * span, high[0] + .1 * span), ylim=(low[1] - .1 * span, high[1] + .1 * span), aspect="equal", xticks=[], yticks=[])
