@@ -93,7 +93,12 @@ def optimizers(data, device: str, epochs: int) -> dict:
         print(name, rows[name], flush=True)
     return rows
 
-MEASUREMENTS = dict(training=training, determinism=determinism, overhead=overhead, optimizers=optimizers)
+def drifting(data, device: str, epochs: int) -> dict:
+    "The drifting field beside a plain loop, eager and compiled; `--epochs 1` leaves out the large sizes."
+    import drift
+    return dict(sizes=drift.on_gpu(device, *[{k: v for k, v in drift.SIZES.items() if v[1] < 1000}] * (epochs == 1)))
+
+MEASUREMENTS = dict(training=training, determinism=determinism, overhead=overhead, optimizers=optimizers, drift=drifting)
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
