@@ -624,56 +624,68 @@ class Drift(Task):
         for c in range(self.classes):
             if self.reals.filled[c] < cfg.positives: raise LabError(f"positives={cfg.positives}, but class {self.data.classes[c] if self.model.num_classes else 'of all'} has {self.reals.filled[c]} training images; use at most that")
 
-    @torch.no_grad()
-    def push(self, rows: Tensor) -> None:
-        "Take in features of training images."
-        train = self.data.train
-        split = train.take(rows)
-        x = next(iter(Batches(split, len(rows), self.cfg.seed, self.steps_done, shuffle=False, device=self.device))).x
-        self.reals.push(self.encoder(x.float() / 127.5 - 1), (split.labels if self.model.num_classes else torch.zeros_like(split.labels)).tolist())
-
-    def batches(self, epoch: int) -> Draws: return Draws(self, epoch)
-
-    def draw(self, number: int) -> Draw:
-        "What batch `number` begins with; each process has its share of the groups."
-        cfg, draw = self.cfg, generator(self.cfg.seed, _DRAW, number)
-        groups = torch.randperm(self.classes, generator=draw)[:self.per_step].sort().values
-        alpha = draw_alpha(self.per_step, cfg.alpha_min, cfg.alpha_max, cfg.alpha_power, draw) if cfg.guided else torch.ones(self.per_step)
-        noise = torch.randn(cfg.batch_size, *self.model.noise_shape, generator=draw)
-        mine = slice(self.rank * self.per_step // self.world, (self.rank + 1) * self.per_step // self.world)
-        noise = noise.view(self.per_step, self.generated, *self.model.noise_shape)[mine].flatten(0, 1)
-        return Draw(noise.to(self.device), groups[mine].repeat_interleave(self.generated).to(self.device), alpha[mine].to(self.device), groups[mine].tolist(), number)
-
-    def loss(self, batch: Draw, step: int):
-        cfg, G, N = self.cfg, len(batch.groups), self.generated
-        if cfg.queue: self.push(self.fresh(batch.number))
-        x = self.net(batch.noise, batch.labels if self.model.num_classes else None, batch.alpha.repeat_interleave(N))
-        with torch.autocast(x.device.type, enabled=False):
-            draw = generator(cfg.seed, _REAL, batch.number, self.rank)
-            positives = self.reals.draw(batch.groups, cfg.positives, draw)
-            others = self.reals.draw_any(G, cfg.unconditional, draw) if cfg.guided else [None] * len(positives)
-            weight = guidance_weight(batch.alpha, N, cfg.unconditional)[:, None] if cfg.guided else 1.
-            by_location = lambda v: None if v is None else v.transpose(1, 2)  # [G, n, L, D] -> [G, L, n, D]
-            total, stats = 0., []
-            for f, p, u in zip(self.encoder(x.float()), positives, others):
-                part, found = drift_loss(by_location(f.unflatten(0, (G, N))), by_location(p), temps=cfg.temps, y_uncond=by_location(u), uncond_weight=weight,
-                                         sinkhorn_iters=cfg.sinkhorn_iters, chunk=cfg.chunk)
-                total, stats = total + part, [*stats, found]
-        return total, {f"train/{k}": torch.stack([s[k] for s in stats]).mean() for k in ("drift_norm", "feature_dist_mean", "feature_dist_var")}
-
-    def fresh(self, number: int) -> Tensor:
-        "Rows of the real images that batch `number` brings: the training images, order by order."
-        n, push = len(self.data.train), self.cfg.push
-        at = torch.arange(number * push, (number + 1) * push)
-        orders = {int(p): torch.randperm(n, generator=generator(self.cfg.seed, _FRESH, 1 + int(p))) for p in (at // n).unique()}
-        return torch.stack([orders[int(a // n)][a % n] for a in at])
-
-    def after_step(self, step: int) -> None: self.steps_done = step + 1
-    def state(self) -> dict: return dict(reals=self.reals.state()) if self.cfg.queue else {}
-    def load_state(self, state: dict) -> None:
-        if self.cfg.queue: self.reals.load_state(state["reals"])
-
 # %% ../nbs/11_drift.ipynb #c083
+@patch
+@torch.no_grad()
+def push(self: Drift, rows: Tensor, number: int = 0) -> None:
+    "Take in features of training images, in the views that batch `number` has of them."
+    train = self.data.train
+    split = train.take(rows)
+    x = next(iter(Batches(split, len(rows), self.cfg.seed, number, shuffle=False, device=self.device))).x
+    self.reals.push(self.encoder(x.float() / 127.5 - 1), (split.labels if self.model.num_classes else torch.zeros_like(split.labels)).tolist())
+
+@patch
+def batches(self: Drift, epoch: int) -> Draws: return Draws(self, epoch)
+
+@patch
+def draw(self: Drift, number: int) -> Draw:
+    "What batch `number` begins with; each process has its share of the groups."
+    cfg, draw = self.cfg, generator(self.cfg.seed, _DRAW, number)
+    groups = torch.randperm(self.classes, generator=draw)[:self.per_step].sort().values
+    alpha = draw_alpha(self.per_step, cfg.alpha_min, cfg.alpha_max, cfg.alpha_power, draw) if cfg.guided else torch.ones(self.per_step)
+    noise = torch.randn(cfg.batch_size, *self.model.noise_shape, generator=draw)
+    mine = slice(self.rank * self.per_step // self.world, (self.rank + 1) * self.per_step // self.world)
+    noise = noise.view(self.per_step, self.generated, *self.model.noise_shape)[mine].flatten(0, 1)
+    return Draw(noise.to(self.device), groups[mine].repeat_interleave(self.generated).to(self.device), alpha[mine].to(self.device), groups[mine].tolist(), number)
+
+# %% ../nbs/11_drift.ipynb #c084
+@patch
+def loss(self: Drift, batch: Draw, step: int):
+    cfg, G, N = self.cfg, len(batch.groups), self.generated
+    if cfg.queue: self.push(self.fresh(batch.number), batch.number)
+    x = self.net(batch.noise, batch.labels if self.model.num_classes else None, batch.alpha.repeat_interleave(N))
+    with torch.autocast(x.device.type, enabled=False):
+        draw = generator(cfg.seed, _REAL, batch.number, self.rank)
+        positives = self.reals.draw(batch.groups, cfg.positives, draw)
+        others = self.reals.draw_any(G, cfg.unconditional, draw) if cfg.guided else [None] * len(positives)
+        weight = guidance_weight(batch.alpha, N, cfg.unconditional)[:, None] if cfg.guided else 1.
+        by_location = lambda v: None if v is None else v.transpose(1, 2)  # [G, n, L, D] -> [G, L, n, D]
+        total, stats = 0., []
+        for f, p, u in zip(self.encoder(x.float()), positives, others):
+            part, found = drift_loss(by_location(f.unflatten(0, (G, N))), by_location(p), temps=cfg.temps, y_uncond=by_location(u), uncond_weight=weight,
+                                     sinkhorn_iters=cfg.sinkhorn_iters, chunk=cfg.chunk, compiled=cfg.compile)
+            total, stats = total + part, [*stats, found]
+    return total, {f"train/{k}": torch.stack([s[k] for s in stats]).mean() for k in ("drift_norm", "feature_dist_mean", "feature_dist_var")}
+
+@patch
+def fresh(self: Drift, number: int) -> Tensor:
+    "Rows of the real images that batch `number` brings: the training images, order by order."
+    n, push = len(self.data.train), self.cfg.push
+    at = torch.arange(number * push, (number + 1) * push)
+    orders = {int(p): torch.randperm(n, generator=generator(self.cfg.seed, _FRESH, 1 + int(p))) for p in (at // n).unique()}
+    return torch.stack([orders[int(a // n)][a % n] for a in at])
+
+@patch
+def after_step(self: Drift, step: int) -> None: self.steps_done = step + 1
+
+@patch
+def state(self: Drift) -> dict: return dict(reals=self.reals.state()) if self.cfg.queue else {}
+
+@patch
+def load_state(self: Drift, state: dict) -> None:
+    if self.cfg.queue: self.reals.load_state(state["reals"])
+
+# %% ../nbs/11_drift.ipynb #c085
 def in_training_judge(name: str, data: Dataset, device="cpu") -> Extractor | None:
     "The judge of a configuration; none where the data set has no own of this size and none is named."
     own = default_judge(data.name)

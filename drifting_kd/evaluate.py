@@ -468,6 +468,7 @@ def read_rows(path: str | Path) -> list[dict]:
     "The rows of a fid_metrics.csv, as text."
     return _parse(Path(path))[0]
 
+# %% ../nbs/14_evaluate.ipynb #c034
 @contextlib.contextmanager
 def _locked(path: Path, seconds: float = 120):
     "Only one process at a time is in this block."
@@ -503,7 +504,7 @@ def write_row(path: str | Path, # eval/fid_metrics.csv
             writer.writerows([columns, *([r.get(c, "nan") for c in columns] for r in rows)])
         return rows
 
-# %% ../nbs/14_evaluate.ipynb #c038
+# %% ../nbs/14_evaluate.ipynb #c039
 def _float(row: dict, key: str) -> float:
     try: return float(row.get(key, "nan"))
     except (TypeError, ValueError): return math.nan
@@ -557,6 +558,7 @@ def _distance_panel(ax, metric: str, rows: list[dict]) -> str:
     words += "" if math.isnan(gauss) else f", {'better' if value < gauss else 'no better'} than Gaussians"
     return f"{metric} is lowest at step {_float(best, 'step'):,.0f}: {value:.3g}{words}"
 
+# %% ../nbs/14_evaluate.ipynb #c040
 @_styled
 def distance_vs_step(rows: list[dict], # of a fid_metrics.csv
                     ) -> Figure:
@@ -569,7 +571,7 @@ def distance_vs_step(rows: list[dict], # of a fid_metrics.csv
     for ax, (kind, some) in zip(fig.subplots(len(kinds), 1, squeeze=False).flat, kinds.items()): ax.set_title(_distance_panel(ax, ", ".join(kind), some))
     return fig
 
-# %% ../nbs/14_evaluate.ipynb #c039
+# %% ../nbs/14_evaluate.ipynb #c041
 def score_table(rows: list[dict]):
     "DataFrame of what was measured, a column a checkpoint, numbers rounded."
     import pandas as pd
@@ -594,7 +596,7 @@ def neighbours_grid(fakes, real,          # images [N, ...], and the nearest tra
     ax.set_title(f"Samples lie {ratio:.2f} times as far from training images as test images do{': do they copy?' if ratio < .7 else ''}" if math.isfinite(ratio) else "Samples and their nearest training images")
     return fig
 
-# %% ../nbs/14_evaluate.ipynb #c044
+# %% ../nbs/14_evaluate.ipynb #c046
 def pass_for_real(row: dict) -> "pd.DataFrame":
     "The four measures of a row and the baseline, beside what real images have."
     import pandas as pd
@@ -630,7 +632,7 @@ def guidance_curves(rows: list[dict]) -> Figure: # of one checkpoint at several 
     fig.suptitle(f"Nearest to test images at alpha {_float(best, 'alpha'):g}; every strength costs one pass")
     return fig
 
-# %% ../nbs/14_evaluate.ipynb #c048
+# %% ../nbs/14_evaluate.ipynb #c050
 @dataclass
 class Evaluation:
     "What `evaluate` found."
@@ -685,7 +687,7 @@ class Evaluator:
         context = {k: subject.metrics.get(f"train/{k}", subject.metrics.get(k)) for k in CONTEXT}
         return dict(checkpoint=subject.name, checkpoint_name=subject.path.stem, epoch=subject.epoch, step=subject.step, batch_size=self.cfg.batch_size, model_sha256=subject.sha256) | self.settings(subject) | context
 
-# %% ../nbs/14_evaluate.ipynb #c049
+# %% ../nbs/14_evaluate.ipynb #c051
 def _claim(folder: Path, base: str, settings: dict) -> Path:
     "The folder of a checkpoint under these settings: `base`, or with a suffix where that belongs to other settings."
     digest = hashlib.sha256(repr(sorted((k, _cell(v)) for k, v in settings.items())).encode()).hexdigest()
@@ -733,7 +735,7 @@ class _Told:
         if best: self.tracker.summary({"eval/best_checkpoint": best["checkpoint"], "eval/best_step": _float(best, "step"), f"eval/best_{slug(distance_of(best)[0])}": distance_of(best)[1]} | {k: best[k] for k in SETTINGS})
         self.tracker.finish()
 
-# %% ../nbs/14_evaluate.ipynb #c050
+# %% ../nbs/14_evaluate.ipynb #c052
 def _one(e: Evaluator, subject: Subject, row: dict, words: list, artifact: Path, told: _Told) -> dict:
     "Sample, score and write down one checkpoint."
     cfg, began = e.cfg, time.perf_counter()
@@ -777,6 +779,7 @@ def _plan(e: Evaluator, subject: Subject, row: dict) -> tuple:
     handle = _lock(artifact / ".lock")
     return ("" if handle else "another process is at it"), words, artifact, handle
 
+# %% ../nbs/14_evaluate.ipynb #c053
 def evaluate(cfg: EvaluateConfig) -> Evaluation:
     "Score checkpoints; what is in the table already is left out, and what was killed continues."
     e = Evaluator(cfg)
@@ -806,7 +809,7 @@ def evaluate(cfg: EvaluateConfig) -> Evaluation:
         if told.tracker: told.tracker.finish()
     return result
 
-# %% ../nbs/14_evaluate.ipynb #c060
+# %% ../nbs/14_evaluate.ipynb #c063
 def _dataset_split(text: str) -> tuple[str, str] | None:
     name, colon, split = text.partition(":")
     if Path(text).exists() or not colon or "/" in text: return None

@@ -82,6 +82,7 @@ class FitConfig(Config):
         if self.batch_size > images: raise LabError(f"batch_size={self.batch_size} is larger than the {images} training images; use at most that")
         return images // self.batch_size
 
+# %% ../nbs/07_train.ipynb #c006
 @dataclass
 class TrainConfig(FitConfig):
     "Everything a supervised run needs."
@@ -89,7 +90,7 @@ class TrainConfig(FitConfig):
     label_smoothing: float = param(0.0, "label smoothing", low=0, high=0.99)
     noise: float = param(0.0, "Gaussian noise on training pixels, each image's own strength up to this share of the range", low=0, high=1)
 
-# %% ../nbs/07_train.ipynb #c007
+# %% ../nbs/07_train.ipynb #c008
 OPTIMIZERS = {"sgd": dict(lr=0.1, momentum=0.9, weight_decay=1e-4), "nesterov": dict(lr=0.1, momentum=0.9, weight_decay=1e-4, nesterov=True),
               "adam": dict(lr=1e-3), "adamw": dict(lr=1e-3, weight_decay=1e-2),
               "muon": dict(lr=0.02, momentum=0.95), "lion": dict(lr=1e-4)}  # the defaults that differ from the class's own
@@ -129,7 +130,7 @@ def check_optimizer(name: str, **settings) -> None:
     except LabError: raise
     except Exception as e: raise LabError(f"optimiser {name!r} does not take {', '.join(f'{k}={v}' for k, v in settings.items())} ({type(e).__name__}: {e}); leave them at their defaults, or choose another") from None
 
-# %% ../nbs/07_train.ipynb #c015
+# %% ../nbs/07_train.ipynb #c016
 def lr_at(step: int,                # optimiser step, from 0
           total: int,               # steps of the whole training
           lr: float,                # base rate
@@ -142,7 +143,7 @@ def lr_at(step: int,                # optimiser step, from 0
     if schedule == "step": return lr * 0.1 ** sum(step >= round(m * total) for m in milestones)
     return lr
 
-# %% ../nbs/07_train.ipynb #c019
+# %% ../nbs/07_train.ipynb #c020
 def expected_calibration_error(probabilities: np.ndarray, labels: np.ndarray, bins: int = 15) -> float:
     "Mean |accuracy - confidence| over bins of confidence, weighted by their size."
     confidence, correct = probabilities.max(1), probabilities.argmax(1) == labels
@@ -165,7 +166,7 @@ def classification_metrics(logits: np.ndarray, # [N, C]
     return dict(loss=float(-logp[np.arange(len(labels)), labels].mean()), accuracy=accuracy, accuracy_percent=100 * accuracy,
                 macro_f1=float(f1_score(labels, predicted, average="macro", zero_division=0)), auroc=auroc, ece=expected_calibration_error(p, labels))
 
-# %% ../nbs/07_train.ipynb #c023
+# %% ../nbs/07_train.ipynb #c024
 class Task:
     "What a family brings to `fit`."
     used = False                       # a task is trained once: its networks are no longer what the seed made
@@ -199,7 +200,7 @@ class Task:
         from accelerate.utils import gather_object
         return [np.concatenate(parts) for parts in zip(*gather_object([tuple(arrays)]))]
 
-# %% ../nbs/07_train.ipynb #c025
+# %% ../nbs/07_train.ipynb #c026
 class Classify(Task):
     "Supervised classification."
     def __init__(self, model: nn.Module, data: Dataset, cfg: TrainConfig):
@@ -236,7 +237,7 @@ class Classify(Task):
     def facts(self) -> dict:
         return dict(mean=list(self.data.mean), std=list(self.data.std), classes=list(self.data.classes), image_size=self.data.image_size, data_sha256=self.data.sha256)
 
-# %% ../nbs/07_train.ipynb #c027
+# %% ../nbs/07_train.ipynb #c028
 class EMA:
     "A running average of the weights, as a model of its own."
     def __init__(self, model: nn.Module, decay: float):
@@ -248,7 +249,7 @@ class EMA:
         torch._foreach_lerp_(list(self.model.parameters()), list(model.parameters()), 1 - decay)
         if buffers := list(self.model.buffers()): torch._foreach_copy_(buffers, list(model.buffers()))
 
-# %% ../nbs/07_train.ipynb #c030
+# %% ../nbs/07_train.ipynb #c031
 @contextlib.contextmanager
 def undisturbed(model: nn.Module):
     "Evaluate inside: mode and random states are restored afterwards."
@@ -263,7 +264,7 @@ def undisturbed(model: nn.Module):
         random.setstate(states[0]), np.random.set_state(states[1])
         for module, mode in modes: module.training = mode
 
-# %% ../nbs/07_train.ipynb #c033
+# %% ../nbs/07_train.ipynb #c034
 class _AllSum(torch.autograd.Function):
     "The sum over all processes, with its gradient."
     @staticmethod
@@ -299,7 +300,7 @@ def globalize_batchnorm(model: nn.Module, device) -> nn.Module:
             if kind is nn.SyncBatchNorm: module.process_group = None
     return model
 
-# %% ../nbs/07_train.ipynb #c035
+# %% ../nbs/07_train.ipynb #c036
 def random_state() -> dict:
     "The global generators as plain values; the library's own draws don't need them, other people's code may."
     import random
@@ -316,7 +317,7 @@ def set_random_state(state: dict) -> None:
     torch.set_rng_state(state["torch"].cpu())
     if state["cuda"] and len(state["cuda"]) == torch.cuda.device_count(): torch.cuda.set_rng_state_all([s.cpu() for s in state["cuda"]])
 
-# %% ../nbs/07_train.ipynb #c037
+# %% ../nbs/07_train.ipynb #c038
 def save_checkpoint(path: Path, content: dict) -> None:
     "Write a checkpoint atomically."
     with atomic_write(path) as f:
@@ -332,7 +333,7 @@ def _link(source: Path, target: Path) -> None:
     except OSError: shutil.copyfile(source, part)
     os.replace(part, target)
 
-# %% ../nbs/07_train.ipynb #c039
+# %% ../nbs/07_train.ipynb #c040
 class NotFinite(LabError): "The loss or its gradient became NaN or infinite."
 
 class Loop:
@@ -367,7 +368,7 @@ class Loop:
         self.sums, self.count, self.bad = {}, 0, torch.full((), -1, dtype=torch.int64, device=self.device)
         self.window = dict(start=time.perf_counter(), data=0.0, steps=0, images=0)
 
-# %% ../nbs/07_train.ipynb #c041
+# %% ../nbs/07_train.ipynb #c042
 @patch
 def autocast(self: Loop): return torch.autocast(self.device.type, self.dtype) if self.dtype else contextlib.nullcontext()
 
@@ -414,7 +415,7 @@ def train_step(self: Loop, group: list) -> None:
     self.task.after_step(step)
     self.step, self.count = step + 1, self.count + 1
 
-# %% ../nbs/07_train.ipynb #c043
+# %% ../nbs/07_train.ipynb #c044
 @patch
 def check_finite(self: Loop) -> None:
     bad = self._reduce(self.bad, "max").item()
@@ -471,7 +472,7 @@ def log(self: Loop) -> None:
         shown = self.task.shown
         self.bar.set_postfix_str(f"loss {line['train/loss']:.4f}" + (f", {shown.split('/')[-1]} {line[shown]:.4f}" if shown in line else ""), refresh=False)
 
-# %% ../nbs/07_train.ipynb #c045
+# %% ../nbs/07_train.ipynb #c046
 @patch(as_prop=True)
 def inference_model(self: Loop) -> nn.Module: return self.ema.model if self.ema else self.model
 
@@ -497,7 +498,7 @@ def evaluate(self: Loop) -> bool:
     self.since_best = 0 if gain > 0 else self.since_best + 1
     return bool(self.cfg.patience) and self.since_best >= self.cfg.patience
 
-# %% ../nbs/07_train.ipynb #c047
+# %% ../nbs/07_train.ipynb #c048
 @patch
 def elapsed(self: Loop) -> tuple[float, float]:
     "Wall and CPU seconds of this process, over all its continuations."
@@ -547,7 +548,7 @@ def restore(self: Loop) -> None:
     self.run.truncate(self.step)
     if self.rank == 0: self.publish()
 
-# %% ../nbs/07_train.ipynb #c049
+# %% ../nbs/07_train.ipynb #c050
 @patch
 def _boundary(self: Loop, began: float) -> bool:
     cfg, step, final = self.cfg, self.step, self.step == self.total
@@ -589,7 +590,7 @@ def train(self: Loop) -> None:
         batches = itertools.islice(iter(self.task.batches(epoch)), done * self.cfg.accumulation, None)
         stop = self.train_epoch(batches)
 
-# %% ../nbs/07_train.ipynb #c051
+# %% ../nbs/07_train.ipynb #c052
 @patch
 def finish(self: Loop) -> dict:
     "Test once, at the best-validation weights and at the last; write the inference weights and the summary."
@@ -618,7 +619,7 @@ def finish(self: Loop) -> dict:
     run.finish(summary)
     return summary
 
-# %% ../nbs/07_train.ipynb #c053
+# %% ../nbs/07_train.ipynb #c054
 @patch
 def record_splits(self: Loop) -> None:
     "Write splits.npz; a resumed run must have the very images it began with."
@@ -652,7 +653,7 @@ def go(self: Loop) -> dict:
         if self.tracker: self.tracker.finish()
         self.task.net = self.model
 
-# %% ../nbs/07_train.ipynb #c054
+# %% ../nbs/07_train.ipynb #c055
 def _accelerator(cfg: FitConfig):
     "Accelerate, when this is one of several processes."
     if int(os.environ.get("WORLD_SIZE", "1")) == 1: return None
@@ -669,7 +670,7 @@ def _bar(total: int, done: int):
 def _divides(cfg: FitConfig, processes: int) -> None:
     if cfg.batch_size % processes: raise LabError(f"batch_size={cfg.batch_size} does not divide among {processes} processes; use a multiple of it")
 
-# %% ../nbs/07_train.ipynb #c055
+# %% ../nbs/07_train.ipynb #c056
 def fit(task: Task,       # what to train
         cfg: FitConfig, # how
         run: Run,         # where it is written
@@ -720,7 +721,7 @@ def open_run(cfg: FitConfig, kind: str = "train") -> Run:
     if given[0] is None: raise LabError(given[1])
     return run if accelerator.is_main_process else Run.join(cfg, kind, given[0], given[1])
 
-# %% ../nbs/07_train.ipynb #c056
+# %% ../nbs/07_train.ipynb #c057
 _THREADS = torch.get_num_threads()  # torch's own choice, before anybody changed it
 
 def use_threads(threads: int, image_size: int) -> None:
