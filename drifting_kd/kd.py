@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from .core import LabError, unknown
 
 # %% auto #0
-__all__ = ['kd_loss', 'dkd_loss', 'nkd_loss']
+__all__ = ['kd_loss', 'dkd_loss', 'nkd_loss', 'dist_loss', 'mlkd_loss', 'standardize', 'ls', 'uniform_weights', 'ca_weights',
+           'entropy_weights', 'most_confident_weights']
 
 # %% ../nbs/12_kd.ipynb #c005
 def _wide(x: Tensor) -> Tensor: return x if x.dtype == torch.float64 else x.float()
@@ -97,3 +98,114 @@ def nkd_loss(student: Tensor, teacher: Tensor, labels: Tensor, T: float = 1.,
     target = _pick(t.log_softmax(-1), at).exp() * _pick(s.log_softmax(-1), at)
     rest = (_others(t, at).exp() * _others(s, at)).sum(-1)
     return -target - gamma * T * T * rest
+
+# %% ../nbs/12_kd.ipynb #c023
+def _unit(x: Tensor, dim: int) -> Tensor:
+    "Centred, and of unit length; a vector whose variation is rounding error is only centred, so its gradient stays of its own size."
+    largest = x.detach().abs().amax(dim, keepdim=True)
+    x = x - x.mean(dim, keepdim=True)
+    length = torch.linalg.vector_norm(x, dim=dim, keepdim=True)
+    constant = length <= 4 * torch.finfo(x.dtype).eps * x.shape[dim] ** .5 * largest
+    return x / torch.where(constant, torch.ones_like(length), length)
+
+def _column_directions(z: Tensor) -> Tensor:
+    log = z.log_softmax(-1)
+    return _unit((log - log.detach().amax(-2, keepdim=True)).exp(), -2)
+
+@_logit_loss
+def dist_loss(student: Tensor, teacher: Tensor, labels: Tensor, T: float = 1.,
+              beta: float = 1.,  # weight of the correlation within samples
+              gamma: float = 1., # and within classes, over the batch
+             ) -> Tensor:
+    "Distillation by correlation instead of equality."
+    _check_T(T)
+    s, t = student / T, teacher / T
+    rows = (_unit(s.softmax(-1), -1) - _unit(t.softmax(-1), -1)).square().sum(-1) / 2
+    columns = (_column_directions(s) - _column_directions(t)).square().sum(-2).mean(-1, keepdim=True) / 2
+    return beta * rows + gamma * columns
+
+# %% ../nbs/12_kd.ipynb #c028
+def _less_sure_half(confidence: Tensor) -> Tensor: return confidence <= confidence.quantile(.5, dim=-1, keepdim=True)
+
+@_logit_loss
+def mlkd_loss(student: Tensor, teacher: Tensor, labels: Tensor,
+              T: float | tuple = (2., 3., 4., 5., 6.),
+              masked: bool = True, # False for a strongly augmented view
+             ) -> Tensor:
+    "Multi-level distillation: samples, classes and the batch, at several temperatures."
+    temperatures = T if isinstance(T, (tuple, list)) else (T,)
+    if not temperatures: raise LabError("T=(): expected one or more temperatures, such as (2, 3, 4, 5, 6)")
+    p = teacher.softmax(-1)
+    keep = _less_sure_half(p.amax(-1)) if masked else torch.ones_like(p[..., 0], dtype=torch.bool)
+    keep_class = _less_sure_half(p.sum(-2)) if masked else torch.ones_like(p[..., 0, :], dtype=torch.bool)
+    total = 0.
+    for T in temperatures:
+        q, p = ((z / T).softmax(-1) * keep[..., None] for z in (student, teacher))
+        classes = ((q.mT @ q - p.mT @ p).square() * keep_class[..., None, :]).sum((-2, -1)) / q.shape[-1]
+        batch = (q @ q.mT - p @ p.mT).square().sum(-1)
+        total = total + kd_loss(student, teacher, labels, T) * keep + classes[..., None] + batch
+    return total
+
+# %% ../nbs/12_kd.ipynb #c031
+def standardize(logits: Tensor) -> Tensor: # [..., C]
+    "Mean 0 and variance 1 for each sample; constant logits become 0."
+    return _unit(_wide(logits), -1) * logits.shape[-1] ** .5
+
+def ls(loss: Callable) -> Callable:
+    "The same loss of standardised logits."
+    @functools.wraps(loss)
+    def standardised(student: Tensor, teacher: Tensor, labels: Tensor, *args, **kwargs) -> Tensor: return loss(standardize(student), standardize(teacher), labels, *args, **kwargs)
+    return standardised
+
+# %% ../nbs/12_kd.ipynb #c034
+def _check_teachers(teacher_logits: Tensor, labels: Tensor) -> None:
+    if isinstance(teacher_logits, Tensor) and (teacher_logits.ndim != 3 or not len(teacher_logits)):
+        raise LabError(f"teacher logits {list(teacher_logits.shape)}: expected [K, B, C] for K teachers, at least 1; one teacher's [B, C] is teacher_logits[None]")
+    _check_logits("the teachers' logits", teacher_logits, finite=True)
+    _check_labels(labels, *teacher_logits.shape[1:])
+
+def _teacher_weights(weights: Callable) -> Callable:
+    "Check the input; compute in fp32 without autocast or gradient."
+    @functools.wraps(weights)
+    def checked(teacher_logits: Tensor, labels: Tensor, **kwargs) -> Tensor:
+        _check_teachers(teacher_logits, labels)
+        with torch.autocast(teacher_logits.device.type, enabled=False), torch.no_grad(): return weights(_wide(teacher_logits), labels, **kwargs)
+    return checked
+
+def _log_confidences(teacher_logits: Tensor, labels: Tensor, confidences: Tensor | None) -> Tensor:
+    "log p_k(y), [K, B]."
+    if confidences is None: return _pick(teacher_logits.log_softmax(-1), _at_label(labels, teacher_logits.shape[-1]))
+    if not isinstance(confidences, Tensor) or confidences.shape != teacher_logits.shape[:2]: raise LabError(f"confidences {list(getattr(confidences, 'shape', ()))}: expected {list(teacher_logits.shape[:2])}, one for each teacher and sample")
+    if _readable(confidences) and not bool(((confidences >= 0) & (confidences <= 1)).all()): raise LabError("confidences are probabilities of the label; expected numbers from 0 to 1")
+    confidences = _wide(confidences)
+    return confidences.clamp(min=torch.finfo(confidences.dtype).tiny).log()
+
+@_teacher_weights
+def uniform_weights(teacher_logits: Tensor, # [K, B, C]
+                    labels: Tensor,         # [B]
+                   ) -> Tensor:             # [K, B]
+    "Every teacher counts the same."
+    return teacher_logits.new_full(teacher_logits.shape[:2], 1 / len(teacher_logits))
+
+def _trust(share: Tensor) -> Tensor:
+    "Less weight for a larger share of what is bad; one teacher has all."
+    return (1 - share) / (len(share) - 1) if len(share) > 1 else torch.ones_like(share)
+
+@_teacher_weights
+def ca_weights(teacher_logits: Tensor, labels: Tensor, confidences: Tensor | None = None) -> Tensor:
+    "Confidence aware: more for a teacher with a lower cross-entropy at the label."
+    return _trust((-_log_confidences(teacher_logits, labels, confidences)).softmax(0))
+
+@_teacher_weights
+def entropy_weights(teacher_logits: Tensor, labels: Tensor) -> Tensor:
+    "More for a teacher with a lower entropy, whatever the label; teachers that are all certain count the same."
+    log_p = teacher_logits.log_softmax(-1)
+    H = -(log_p.exp() * log_p).sum(-1)
+    total = H.sum(0)
+    return _trust(torch.where(total > 0, H / total, 1 / len(H)))
+
+@_teacher_weights
+def most_confident_weights(teacher_logits: Tensor, labels: Tensor, confidences: Tensor | None = None) -> Tensor:
+    "1 for the teacher with the highest p(y), the first of equals; 0 for the others."
+    best = _log_confidences(teacher_logits, labels, confidences).argmax(0)
+    return (best == torch.arange(len(teacher_logits), device=best.device)[:, None]).to(teacher_logits.dtype)
