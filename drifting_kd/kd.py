@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from .core import LabError, unknown
 
 # %% auto #0
-__all__ = ['kd_loss', 'dkd_loss', 'nkd_loss', 'dist_loss', 'mlkd_loss', 'standardize', 'ls', 'uniform_weights', 'ca_weights',
-           'entropy_weights', 'most_confident_weights']
+__all__ = ['GATES', 'kd_loss', 'dkd_loss', 'nkd_loss', 'dist_loss', 'mlkd_loss', 'standardize', 'ls', 'uniform_weights',
+           'ca_weights', 'entropy_weights', 'most_confident_weights', 'aekd_weights', 'gate_bounds', 'gate',
+           'gate_saturated']
 
 # %% ../nbs/12_kd.ipynb #c005
 def _wide(x: Tensor) -> Tensor: return x if x.dtype == torch.float64 else x.float()
@@ -209,3 +210,67 @@ def most_confident_weights(teacher_logits: Tensor, labels: Tensor, confidences: 
     "1 for the teacher with the highest p(y), the first of equals; 0 for the others."
     best = _log_confidences(teacher_logits, labels, confidences).argmax(0)
     return (best == torch.arange(len(teacher_logits), device=best.device)[:, None]).to(teacher_logits.dtype)
+
+# %% ../nbs/12_kd.ipynb #c042
+def _min_norm(gram: Tensor, # [K, K, B], g_j . g_k
+              cap: float,
+              sweeps: int,
+             ) -> Tensor:   # [K, B]
+    "Weights of the shortest mix: exact moves of weight between two teachers, pair after pair."
+    K = len(gram)
+    a = torch.full_like(gram[0], 1 / K)
+    smallest = torch.finfo(gram.dtype).eps * gram.diagonal().amax(-1) + torch.finfo(gram.dtype).tiny  # teachers this equal: any mix is the same
+    pairs = [(i, j, gram[i] - gram[j]) for i in range(K) for j in range(i)]
+    bends = [(difference[i] - difference[j]).clamp(min=smallest) for i, j, difference in pairs]
+    for _ in range(sweeps):
+        for (i, j, difference), bend in zip(pairs, bends):
+            step = -(difference * a).sum(0) / bend
+            step = torch.minimum(torch.maximum(step, torch.maximum(-a[i], a[j] - cap)), torch.minimum(a[j], cap - a[i]))
+            a[i] += step
+            a[j] -= step
+    return a
+
+@_teacher_weights
+def aekd_weights(teacher_logits: Tensor, labels: Tensor,
+                 student: Tensor | None = None, # [B, C], needed: the gradients are taken here
+                 loss: Callable = kd_loss, T: float | tuple = 4.,
+                 cap: float = .6,               # most that one teacher may have; at least 1/K
+                 sweeps: int = 20,              # over all pairs; two teachers need one
+                ) -> Tensor:
+    "The mix of teachers whose loss gradients nearly cancel least pulls the student: the shortest one."
+    K = len(teacher_logits)
+    if K == 1: return uniform_weights(teacher_logits, labels)
+    if student is None: raise LabError("aekd weights depend on the student: give its logits [B, C] as student=")
+    if not K * cap >= 1: raise LabError(f"cap={cap}: {K} teachers with at most that much each do not sum to 1; give at least {1 / K:.3g}")
+    at = _wide(student.detach()).expand_as(teacher_logits).clone().requires_grad_()
+    with torch.enable_grad(): g, = torch.autograd.grad(loss(at, teacher_logits, labels, T=T).sum(), at)
+    gram = torch.einsum("jbc,kbc->jkb", g, g)
+    return _min_norm(gram / gram.diagonal().amax(-1).clamp(min=torch.finfo(gram.dtype).tiny), cap, 1 if K == 2 else sweeps)
+
+# %% ../nbs/12_kd.ipynb #c047
+GATES = ("constant", "schedule", "confidence", "max_confidence")
+
+def gate_bounds(kind: str, gamma: float = 10., threshold: float = .5) -> tuple[float, float]:
+    "The lowest and highest value that a gate of this kind can take with confidences from 0 to 1."
+    if kind not in GATES: raise unknown("gate", kind, GATES)
+    return tuple(1 / (1 + math.exp(-gamma * (c - threshold))) for c in (0, 1)) if kind == "confidence" else (0., 1.)
+
+def gate(kind: str,              # constant, schedule, confidence, max_confidence
+         confidences: Tensor,    # [K, B], each teacher's p(y)
+         progress: float = 0.,   # of training, 0 to 1; a schedule needs it
+         value: float = .9,      # of a constant; of a schedule at the start
+         end: float = 0.,        # of a schedule at the end
+         gamma: float = 10., threshold: float = .5, # of a confidence gate
+        ) -> Tensor:             # [B]
+    "The share of the teachers in each sample's loss, 0 to 1."
+    if kind not in GATES: raise unknown("gate", kind, GATES)
+    if not isinstance(confidences, Tensor) or confidences.ndim != 2 or not confidences.numel(): raise LabError(f"confidences {list(getattr(confidences, 'shape', ()))}: expected [K, B], at least one teacher and one sample")
+    if not 0 <= progress <= 1: raise LabError(f"progress={progress}: expected the part of training that is done, 0 to 1")
+    if kind == "confidence": return (gamma * (confidences.mean(0) - threshold)).sigmoid()
+    if kind == "max_confidence": return confidences.amax(0)
+    return confidences.new_full(confidences.shape[1:], value + (end - value) * progress if kind == "schedule" else value)
+
+def gate_saturated(g: Tensor, low: float = 0., high: float = 1., margin: float = .01) -> Tensor:
+    "The share of gates within `margin` of the range from one of its bounds."
+    edge = margin * (high - low)
+    return ((g <= low + edge) | (g >= high - edge)).float().mean()
