@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from .core import LabError, unknown
 
 # %% auto #0
-__all__ = ['GATES', 'kd_loss', 'dkd_loss', 'nkd_loss', 'dist_loss', 'mlkd_loss', 'standardize', 'ls', 'uniform_weights',
-           'ca_weights', 'entropy_weights', 'most_confident_weights', 'aekd_weights', 'gate_bounds', 'gate',
-           'gate_saturated']
+__all__ = ['GATES', 'LOSSES', 'WEIGHTS', 'METHODS', 'kd_loss', 'dkd_loss', 'nkd_loss', 'dist_loss', 'mlkd_loss', 'standardize',
+           'ls', 'uniform_weights', 'ca_weights', 'entropy_weights', 'most_confident_weights', 'aekd_weights',
+           'gate_bounds', 'gate', 'gate_saturated', 'Composition', 'composition', 'distill_terms']
 
 # %% ../nbs/12_kd.ipynb #c005
 def _wide(x: Tensor) -> Tensor: return x if x.dtype == torch.float64 else x.float()
@@ -237,7 +237,7 @@ def aekd_weights(teacher_logits: Tensor, labels: Tensor,
                  cap: float = .6,               # most that one teacher may have; at least 1/K
                  sweeps: int = 20,              # over all pairs; two teachers need one
                 ) -> Tensor:
-    "The mix of teachers whose loss gradients nearly cancel least pulls the student: the shortest one."
+    "Adaptive ensemble: for each sample the mix of teachers with the shortest loss gradient."
     K = len(teacher_logits)
     if K == 1: return uniform_weights(teacher_logits, labels)
     if student is None: raise LabError("aekd weights depend on the student: give its logits [B, C] as student=")
@@ -274,3 +274,120 @@ def gate_saturated(g: Tensor, low: float = 0., high: float = 1., margin: float =
     "The share of gates within `margin` of the range from one of its bounds."
     edge = margin * (high - low)
     return ((g <= low + edge) | (g >= high - edge)).float().mean()
+
+# %% ../nbs/12_kd.ipynb #c053
+LOSSES = {"kd": (kd_loss, 4., 2.), "dkd": (dkd_loss, 4., 2.), "nkd": (nkd_loss, 1., 2.), "dist": (dist_loss, 1., 2.),
+          "mlkd": (mlkd_loss, (2., 3., 4., 5., 6.), (2., 3., 4., 5., 6.))}  # name -> function, its temperature, the one for standardised logits
+WEIGHTS = {"uniform": uniform_weights, "ca": ca_weights, "entropy": entropy_weights, "aekd": aekd_weights, "most_confident": most_confident_weights}
+
+@dataclass(frozen=True)
+class Composition:
+    "What a method is made of."
+    loss: str = "kd"            # of LOSSES; "" is no teacher at all
+    weights: str = "uniform"    # of WEIGHTS
+    gate: str = "constant"      # of GATES
+    combine: str = "mix"        # mix: the label gets what the gate leaves; add: the label counts fully
+    T: float = 0.               # 0 is the loss's own
+    weight: float = 0.          # of the soft loss; 0 is 1, and 9 for standardised logits
+    alpha: float = 1.           # of the label's cross-entropy
+    value: float = 1.           # of a constant gate; of a schedule at the start
+    end: float = 0.             # of a schedule at the end of training
+    gamma: float = 10.          # steepness of a confidence gate
+    threshold: float = .5       # where a confidence gate is one half
+    warmup: float = 0.          # epochs until the soft loss counts fully
+    standardized: bool = False  # z-scores of the logits
+    reduction: str = "sample"   # batch: weights and gate averaged over the batch first
+    options: dict = field(default_factory=dict) # of the loss: alpha and beta of dkd, ...
+    names: tuple = ("soft", "hard") # what the two losses are called among the metrics
+
+    def __post_init__(self):
+        for what, allowed in (("loss", ("", *LOSSES)), ("weights", WEIGHTS), ("gate", GATES), ("combine", ("mix", "add")), ("reduction", ("sample", "batch"))):
+            if getattr(self, what) not in allowed: raise unknown(what, getattr(self, what), allowed)
+        for what, top in (("T", math.inf), ("weight", math.inf), ("alpha", math.inf), ("value", 1), ("end", 1), ("gamma", math.inf), ("threshold", 1), ("warmup", math.inf)):
+            v = getattr(self, what)
+            if not isinstance(v, (int, float)) or isinstance(v, bool) or not 0 <= v <= top or v == math.inf: raise LabError(f"{what}={v!r}: expected a number from 0{f' to {top}' if top == 1 else ' upwards'}")
+        if not self.loss and (self.standardized or (self.weights, self.gate) != ("uniform", "constant")): raise LabError("method none has no teachers: leave out weights, gate and ls, or choose another method")
+
+    @property
+    def temperature(self) -> float | tuple: return self.T or LOSSES[self.loss][2 if self.standardized else 1]
+
+# %% ../nbs/12_kd.ipynb #c054
+METHODS = {
+    "none": Composition(loss=""),
+    "hinton": Composition(value=.9),
+    "ca_weighted": Composition(weights="ca", combine="add", names=("kl", "ce")),
+    "dynamic": Composition(weights="ca", gate="confidence", alpha=.5),
+    "confidence": Composition(weights="most_confident", gate="max_confidence"),
+    "dkd": Composition("dkd", combine="add", warmup=20.),
+    "nkd": Composition("nkd", combine="add"),
+    "dist": Composition("dist", combine="add"),
+    "mlkd": Composition("mlkd", value=.9),
+}
+
+def composition(method: str | Composition, # a name of METHODS, with "+ls" and names of weights or of a gate: "dkd+ls+ca"
+                **fields,                  # of Composition, such as T=2.
+               ) -> Composition:
+    "The composition that is meant."
+    known = {f.name for f in dataclasses.fields(Composition)}
+    for name in fields:
+        if name not in known: raise unknown("field of a composition", name, known)
+    if isinstance(method, Composition): return dataclasses.replace(method, **fields)
+    base, *parts = str(method).split("+")
+    if base not in METHODS: raise unknown("method", base, METHODS)
+    named = {}
+    for part in parts:
+        what = "standardized" if part == "ls" else "weights" if part in WEIGHTS else "gate" if part in GATES else ""
+        if not what: raise unknown(f"part of method {method!r}:", part, ("ls", *WEIGHTS, *GATES))
+        if what in named: raise LabError(f"method {method!r} names two kinds of {what}; expected one")
+        named[what] = part if what != "standardized" else True
+    return dataclasses.replace(METHODS[base], **named | fields)
+
+# %% ../nbs/12_kd.ipynb #c058
+def _soft(m: Composition, student: Tensor, teacher_logits: Tensor, labels: Tensor, confidences: Tensor | None) -> tuple[Tensor, dict]:
+    "Each sample's loss from all teachers, [B]."
+    function, loss = LOSSES[m.loss][0], functools.partial(LOSSES[m.loss][0], **m.options)
+    if m.standardized: loss = ls(loss)
+    extra = {"ca": dict(confidences=confidences), "most_confident": dict(confidences=confidences), "aekd": dict(student=student, loss=loss, T=m.temperature)}.get(m.weights, {})
+    w, metrics = WEIGHTS[m.weights](teacher_logits, labels, **extra), {}
+    if m.weights == "most_confident": metrics = {f"train/teacher_{i}_usage_fraction": share for i, share in enumerate(w.mean(1))}
+    elif m.reduction == "batch": w = w.mean(1, keepdim=True)
+    return (w * loss(student, teacher_logits, labels, T=m.temperature)).sum(0), metrics
+
+def _gate(m: Composition, teacher_logits: Tensor, labels: Tensor, progress: float, confidences: Tensor | None) -> tuple[Tensor, dict]:
+    "Each sample's gate, [B], and what is logged of it."
+    if m.gate in ("constant", "schedule"): return gate(m.gate, _wide(teacher_logits[..., 0]), progress, m.value, m.end), {}  # only the shape is used
+    c = _log_confidences(_wide(teacher_logits), labels, confidences).exp()
+    g = gate(m.gate, c, gamma=m.gamma, threshold=m.threshold)
+    mean, saturated = g.mean(), {"train/gate_saturated": gate_saturated(g, *gate_bounds(m.gate, m.gamma, m.threshold))}
+    shown = {"train/gate": mean, "train/avg_teacher_conf": c.mean()} if m.gate == "confidence" else {"train/dynamic_alpha": mean, "train/max_teacher_conf_mean": mean}
+    return mean if m.reduction == "batch" else g, shown | saturated
+
+def distill_terms(method: str | Composition,      # a name for `composition`, or one
+                  student_logits: Tensor,         # [B, C]
+                  teacher_logits: Tensor | None,  # [K, B, C]; method none needs none
+                  labels: Tensor,                 # [B]
+                  progress: float = 0.,           # the part of training that is done, 0 to 1; a schedule needs it
+                  confidences: Tensor | None = None, # [K, B], calibrated or cross-fitted p_k(y) instead of the softmax of the logits
+                  epoch: float | None = None,     # a warm-up needs it
+                  label_smoothing: float = 0.,
+                  **fields,                       # of Composition, such as reduction="batch"
+                 ) -> tuple[Tensor, dict[str, Tensor]]:
+    "The loss of a batch, a scalar, and the metrics of the method."
+    m = composition(method, **fields)
+    _check_logits("the student's logits", student_logits)
+    if student_logits.ndim != 2: raise LabError(f"student logits {list(student_logits.shape)}: expected [B, C]")
+    _check_labels(labels, *student_logits.shape)
+    with torch.autocast(student_logits.device.type, enabled=False):
+        student = _wide(student_logits)
+        hard = F.cross_entropy(student, labels.long(), reduction="none", label_smoothing=label_smoothing)
+        if not m.loss: return m.alpha * hard.mean(), {"train/loss_total": m.alpha * hard.detach().mean()}
+        if teacher_logits is None: raise LabError("this method needs teachers: give their logits [K, B, C], or choose method none")
+        _check_teachers(teacher_logits, labels)
+        if m.warmup and epoch is None: raise LabError(f"warmup={m.warmup:g} epochs: give the epoch, or warmup=0")
+        teacher_logits, confidences = teacher_logits.detach(), confidences.detach() if isinstance(confidences, Tensor) else confidences
+        soft, metrics = _soft(m, student, teacher_logits, labels, confidences)
+        g, shown = _gate(m, teacher_logits, labels, progress, confidences)
+        scale = (m.weight or (9. if m.standardized else 1.)) * (min(epoch / m.warmup, 1.) if m.warmup else 1.)
+        total = (g * scale * soft + (1 - g if m.combine == "mix" else 1.) * m.alpha * hard).mean()
+    losses = {f"train/loss_{name}": value.detach().mean() for name, value in zip(m.names, (soft, hard))}
+    return total, losses | {"train/loss_total": total.detach()} | shown | metrics
