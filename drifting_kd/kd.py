@@ -15,7 +15,8 @@ from .core import LabError, unknown
 # %% auto #0
 __all__ = ['GATES', 'LOSSES', 'WEIGHTS', 'METHODS', 'kd_loss', 'dkd_loss', 'nkd_loss', 'dist_loss', 'mlkd_loss', 'standardize',
            'ls', 'uniform_weights', 'ca_weights', 'entropy_weights', 'most_confident_weights', 'aekd_weights',
-           'gate_bounds', 'gate', 'gate_saturated', 'Composition', 'composition', 'distill_terms']
+           'gate_bounds', 'gate', 'gate_saturated', 'Composition', 'composition', 'distill_terms', 'FitNet',
+           'attention_transfer', 'similarity_preserving', 'relational', 'class_groups', 'drift_term']
 
 # %% ../nbs/12_kd.ipynb #c005
 def _wide(x: Tensor) -> Tensor: return x if x.dtype == torch.float64 else x.float()
@@ -391,3 +392,115 @@ def distill_terms(method: str | Composition,      # a name for `composition`, or
         total = (g * scale * soft + (1 - g if m.combine == "mix" else 1.) * m.alpha * hard).mean()
     losses = {f"train/loss_{name}": value.detach().mean() for name, value in zip(m.names, (soft, hard))}
     return total, losses | {"train/loss_total": total.detach()} | shown | metrics
+
+# %% ../nbs/12_kd.ipynb #c069
+def _check_features(student: Tensor, teacher: Tensor) -> None:
+    for name, f in (("student", student), ("teacher", teacher)):
+        if not isinstance(f, Tensor) or not f.is_floating_point() or f.ndim not in (2, 4) or not f.numel(): raise LabError(f"{name} features {getattr(f, 'dtype', type(f).__name__)} {list(getattr(f, 'shape', ()))}: expected floating-point [B, D, H, W] or [B, D]")
+    if len(student) != len(teacher): raise LabError(f"student features {list(student.shape)} and teacher features {list(teacher.shape)}: expected the same samples")
+
+def _feature_term(term: Callable) -> Callable:
+    "Check the input; compute in fp32 without autocast; nothing flows into the teacher."
+    @functools.wraps(term)
+    def checked(student: Tensor, teacher: Tensor, *args, **kwargs) -> Tensor:
+        _check_features(student, teacher)
+        with torch.autocast(student.device.type, enabled=False): return term(_wide(student), _wide(teacher.detach()), *args, **kwargs)
+    return checked
+
+def _same_size(student: Tensor, teacher: Tensor) -> tuple[Tensor, Tensor]:
+    "Both maps at the smaller resolution."
+    if student.ndim != teacher.ndim: raise LabError(f"student features {list(student.shape)} and teacher features {list(teacher.shape)}: expected maps from both, or vectors from both")
+    small = [min(a, b) for a, b in zip(student.shape[2:], teacher.shape[2:])]
+    def shrink(f: Tensor) -> Tensor:
+        if list(f.shape[2:]) == small: return f
+        if any(a % b for a, b in zip(f.shape[2:], small)): raise LabError(f"maps of {list(student.shape[2:])} and {list(teacher.shape[2:])} pixels: expected one side to be a multiple of the other; name layers that match")
+        return F.avg_pool2d(f, [a // b for a, b in zip(f.shape[2:], small)])
+    return shrink(student), shrink(teacher)
+
+class FitNet(nn.Module):
+    "The mean squared error of the teacher's features as predicted from the student's."
+    def __init__(self, student_channels: int, teacher_channels: int):
+        super().__init__()
+        self.regressor = nn.Conv2d(student_channels, teacher_channels, 1)
+
+    def regress(self, student: Tensor) -> Tensor:
+        "The student's features in the teacher's channels."
+        return self.regressor(student) if student.ndim == 4 else self.regressor(student[:, :, None, None])[:, :, 0, 0]
+
+    def forward(self, student: Tensor, teacher: Tensor) -> Tensor:
+        _check_features(student, teacher)
+        for what, f, expected in (("student", student, self.regressor.in_channels), ("teacher", teacher, self.regressor.out_channels)):
+            if f.shape[1] != expected: raise LabError(f"{what} features {list(f.shape)}: this regressor was made for {expected} channels")
+        s, t = _same_size(self.regress(student), teacher.detach())
+        return F.mse_loss(_wide(s), _wide(t))
+
+# %% ../nbs/12_kd.ipynb #c072
+@_feature_term
+def attention_transfer(student: Tensor, # [B, D, H, W]
+                       teacher: Tensor, # [B, D', H', W']
+                      ) -> Tensor:
+    "The mean squared difference of attention maps."
+    if student.ndim != 4 or teacher.ndim != 4: raise LabError(f"student features {list(student.shape)} and teacher features {list(teacher.shape)}: attention needs maps [B, D, H, W]")
+    s, t = (F.normalize(f.square().mean(1).flatten(1), dim=1) for f in _same_size(student, teacher))
+    return (s - t).square().mean()
+
+@_feature_term
+def similarity_preserving(student: Tensor, # [B, ...]
+                          teacher: Tensor, # [B, ...]
+                         ) -> Tensor:
+    "The mean squared difference of which samples are alike."
+    s, t = (F.normalize(z @ z.T, dim=1) for z in (student.flatten(1), teacher.flatten(1)))
+    return (s - t).square().mean()
+
+def _directions(z: Tensor) -> tuple[Tensor, Tensor]:
+    "Distances [B, B] and unit vectors [B, B, D] between samples; 0 between equal ones."
+    difference = z - z[:, None]
+    distance = torch.linalg.vector_norm(difference, dim=-1)  # its gradient at 0 is 0
+    return distance, difference / torch.where(distance > 0, distance, torch.ones_like(distance))[..., None]
+
+@_feature_term
+def relational(student: Tensor, # [B, ...]
+               teacher: Tensor, # [B, ...]
+               distance: float = 25., angle: float = 50., # weights
+              ) -> Tensor:
+    "The Huber loss of relative distances and of angles."
+    (d_s, e_s), (d_t, e_t) = _directions(student.flatten(1)), _directions(teacher.flatten(1))
+    def relative(d: Tensor) -> Tensor: return d / (d.sum() / (d > 0).sum().clamp(min=1)).clamp(min=torch.finfo(d.dtype).tiny)
+    angles = F.smooth_l1_loss(e_s @ e_s.mT, e_t @ e_t.mT)
+    return distance * F.smooth_l1_loss(relative(d_s), relative(d_t)) + angle * angles
+
+# %% ../nbs/12_kd.ipynb #c076
+def class_groups(labels: Tensor,   # [B]
+                 smallest: int = 2, # samples that a class needs
+                ) -> list[Tensor]: # each [classes, samples] of indices into the batch, on the CPU
+    "The samples of each class, classes of the same size together."
+    host = labels.cpu().long()
+    order, counts = host.argsort(stable=True), host.bincount()
+    starts = counts.cumsum(0) - counts
+    return [order[starts[counts == n][:, None] + torch.arange(n)] for n in counts.unique().tolist() if n >= smallest]
+
+def drift_term(student: Tensor, # [B, D] pooled features
+               teacher: Tensor, # [B, D], or [K, B, D] of teachers with features of one kind
+               labels: Tensor,  # [B]
+               negatives: str = "class", # what pushes: class, or batch
+               **field,         # of drift.drift_loss, such as temps
+              ) -> tuple[Tensor, dict[str, Tensor]]:
+    "The drifting loss of student features against teacher features of the same class, and its statistics."
+    from drifting_kd.drift import drift_loss
+    if negatives not in ("class", "batch"): raise unknown("negatives", negatives, ("class", "batch"))
+    teachers = teacher.detach() if teacher.ndim == 3 else teacher.detach()[None]
+    if student.ndim != 2 or teachers.ndim != 3 or teachers.shape[1:] != student.shape: raise LabError(f"student features {list(student.shape)} and teacher features {list(teacher.shape)}: expected [B, D] and [B, D] or [K, B, D]; FitNet.regress gives the teacher's width")
+    _check_labels(labels, len(student), torch.iinfo(labels.dtype).max if isinstance(labels, Tensor) and not labels.is_floating_point() else 0)
+    groups, losses, stats, shares = class_groups(labels, 2 if negatives == "class" else 1), [], [], []
+    s, t = _wide(student), _wide(teachers)
+    if negatives == "batch" and len(student) < 2: groups = []
+    for rows in groups:
+        x = s[rows.to(s.device)]
+        if negatives == "batch":
+            rest = torch.stack([torch.ones(len(s), dtype=torch.bool).scatter(0, row, False).nonzero()[:, 0] for row in rows])
+            field |= dict(y_neg=torch.cat([x, s[rest.to(s.device)]], 1), self_mask=True)
+        loss, seen = drift_loss(x, t[:, rows.to(s.device)].movedim(0, 1).flatten(1, 2), **field)
+        losses.append(loss), stats.append(seen), shares.append(rows.numel())
+    if not groups: return s.sum() * 0, {}
+    share = [n / sum(shares) for n in shares]
+    return sum(w * loss for w, loss in zip(share, losses)), {name: sum(w * seen[name] for w, seen in zip(share, stats)) for name in stats[0]}
