@@ -26,7 +26,7 @@ def _readable(x: Tensor) -> bool: return x.device.type == "cpu"
 def _check_labels(labels: Tensor, B: int, C: int) -> None:
     if not isinstance(labels, Tensor) or labels.dtype not in (torch.int64, torch.int32, torch.uint8, torch.int16) or labels.shape != (B,):
         raise LabError(f"labels {getattr(labels, 'dtype', type(labels).__name__)} {list(getattr(labels, 'shape', ()))}: expected {B} whole numbers, one for each row of logits")
-    if _readable(labels) and not bool(((labels >= 0) & (labels < C)).all()): raise LabError(f"labels from {int(labels.min())} to {int(labels.max())}: expected 0 to {C - 1}, for logits of {C} classes")
+    if _readable(labels) and not bool(((labels >= 0) & (labels < C)).all()): raise LabError(f"labels from {int(labels.min())} to {int(labels.max())}: expected 0 to {C - 1}")
 
 def _check_logits(name: str, logits: Tensor, finite: bool = False) -> None:
     if not isinstance(logits, Tensor) or not logits.is_floating_point() or logits.ndim < 2 or not logits.numel() or logits.shape[-1] < 2:
@@ -479,6 +479,10 @@ def class_groups(labels: Tensor,   # [B]
     starts = counts.cumsum(0) - counts
     return [order[starts[counts == n][:, None] + torch.arange(n)] for n in counts.unique().tolist() if n >= smallest]
 
+def _rest(rows: Tensor, B: int) -> Tensor: # [classes, samples] -> [classes, B - samples]
+    "Everybody else."
+    return torch.ones(len(rows), B, dtype=torch.bool).scatter(1, rows, False).nonzero()[:, 1].view(len(rows), -1)
+
 def drift_term(student: Tensor, # [B, D] pooled features
                teacher: Tensor, # [B, D], or [K, B, D] of teachers with features of one kind
                labels: Tensor,  # [B]
@@ -490,15 +494,15 @@ def drift_term(student: Tensor, # [B, D] pooled features
     if negatives not in ("class", "batch"): raise unknown("negatives", negatives, ("class", "batch"))
     teachers = teacher.detach() if teacher.ndim == 3 else teacher.detach()[None]
     if student.ndim != 2 or teachers.ndim != 3 or teachers.shape[1:] != student.shape: raise LabError(f"student features {list(student.shape)} and teacher features {list(teacher.shape)}: expected [B, D] and [B, D] or [K, B, D]; FitNet.regress gives the teacher's width")
-    _check_labels(labels, len(student), torch.iinfo(labels.dtype).max if isinstance(labels, Tensor) and not labels.is_floating_point() else 0)
+    _check_labels(labels, len(student), 2**20)
     groups, losses, stats, shares = class_groups(labels, 2 if negatives == "class" else 1), [], [], []
     s, t = _wide(student), _wide(teachers)
     if negatives == "batch" and len(student) < 2: groups = []
     for rows in groups:
         x = s[rows.to(s.device)]
         if negatives == "batch":
-            rest = torch.stack([torch.ones(len(s), dtype=torch.bool).scatter(0, row, False).nonzero()[:, 0] for row in rows])
-            field |= dict(y_neg=torch.cat([x, s[rest.to(s.device)]], 1), self_mask=True)
+            others = s[_rest(rows, len(s)).to(s.device)]
+            field |= dict(y_neg=others, self_mask=False) if rows.shape[1] == 1 else dict(y_neg=torch.cat([x, others], 1), self_mask=True)  # a sample does not push itself
         loss, seen = drift_loss(x, t[:, rows.to(s.device)].movedim(0, 1).flatten(1, 2), **field)
         losses.append(loss), stats.append(seen), shares.append(rows.numel())
     if not groups: return s.sum() * 0, {}
