@@ -4,7 +4,7 @@
 
 # %% ../nbs/12_kd.ipynb #c002
 from __future__ import annotations
-import dataclasses, functools, math
+import dataclasses, functools, inspect, math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 import torch
@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from .core import LabError, unknown
 
 # %% auto #0
-__all__ = ['GATES', 'LOSSES', 'WEIGHTS', 'METHODS', 'kd_loss', 'dkd_loss', 'nkd_loss', 'dist_loss', 'mlkd_loss', 'standardize',
-           'ls', 'uniform_weights', 'ca_weights', 'entropy_weights', 'most_confident_weights', 'aekd_weights',
-           'gate_bounds', 'gate', 'gate_saturated', 'Composition', 'composition', 'distill_terms', 'FitNet',
-           'attention_transfer', 'similarity_preserving', 'relational', 'class_groups', 'drift_term']
+__all__ = ['GATES', 'LOSSES', 'WEIGHTS', 'METHODS', 'FEATURE_WEIGHTS', 'kd_loss', 'dkd_loss', 'nkd_loss', 'dist_loss',
+           'mlkd_loss', 'standardize', 'ls', 'uniform_weights', 'ca_weights', 'entropy_weights',
+           'most_confident_weights', 'aekd_weights', 'gate_bounds', 'gate', 'gate_saturated', 'Composition',
+           'composition', 'distill_terms', 'FitNet', 'attention_transfer', 'similarity_preserving', 'relational',
+           'class_groups', 'drift_term']
 
 # %% ../nbs/12_kd.ipynb #c005
 def _wide(x: Tensor) -> Tensor: return x if x.dtype == torch.float64 else x.float()
@@ -220,9 +221,8 @@ def _min_norm(gram: Tensor, # [K, K, B], g_j . g_k
     "Weights of the shortest mix: exact moves of weight between two teachers, pair after pair."
     K = len(gram)
     a = torch.full_like(gram[0], 1 / K)
-    smallest = torch.finfo(gram.dtype).eps * gram.diagonal().amax(-1) + torch.finfo(gram.dtype).tiny  # teachers this equal: any mix is the same
     pairs = [(i, j, gram[i] - gram[j]) for i in range(K) for j in range(i)]
-    bends = [(difference[i] - difference[j]).clamp(min=smallest) for i, j, difference in pairs]
+    bends = [(difference[i] - difference[j]).clamp(min=torch.finfo(gram.dtype).tiny) for i, j, difference in pairs]  # of equal teachers: 0/tiny, they stay as they are
     for _ in range(sweeps):
         for (i, j, difference), bend in zip(pairs, bends):
             step = -(difference * a).sum(0) / bend
@@ -245,8 +245,7 @@ def aekd_weights(teacher_logits: Tensor, labels: Tensor,
     if not K * cap >= 1: raise LabError(f"cap={cap}: {K} teachers with at most that much each do not sum to 1; give at least {1 / K:.3g}")
     at = _wide(student.detach()).expand_as(teacher_logits).clone().requires_grad_()
     with torch.enable_grad(): g, = torch.autograd.grad(loss(at, teacher_logits, labels, T=T).sum(), at)
-    gram = torch.einsum("jbc,kbc->jkb", g, g)
-    return _min_norm(gram / gram.diagonal().amax(-1).clamp(min=torch.finfo(gram.dtype).tiny), cap, 1 if K == 2 else sweeps)
+    return _min_norm(torch.einsum("jbc,kbc->jkb", g, g), cap, 1 if K == 2 else sweeps)
 
 # %% ../nbs/12_kd.ipynb #c047
 GATES = ("constant", "schedule", "confidence", "max_confidence")
@@ -307,6 +306,9 @@ class Composition:
         for what, top in (("T", math.inf), ("weight", math.inf), ("alpha", math.inf), ("value", 1), ("end", 1), ("gamma", math.inf), ("threshold", 1), ("warmup", math.inf)):
             v = getattr(self, what)
             if not isinstance(v, (int, float)) or isinstance(v, bool) or not 0 <= v <= top or v == math.inf: raise LabError(f"{what}={v!r}: expected a number from 0{f' to {top}' if top == 1 else ' upwards'}")
+        known = set(inspect.signature(LOSSES[self.loss][0]).parameters) - {"student", "teacher", "labels", "T"} if self.loss else set()
+        for name in self.options:
+            if name not in known: raise unknown(f"option of loss {self.loss!r}:", name, known)
         if not self.loss and (self.standardized or (self.weights, self.gate) != ("uniform", "constant")): raise LabError("method none has no teachers: leave out weights, gate and ls, or choose another method")
 
     @property
@@ -383,6 +385,7 @@ def distill_terms(method: str | Composition,      # a name for `composition`, or
         hard = F.cross_entropy(student, labels.long(), reduction="none", label_smoothing=label_smoothing)
         if not m.loss: return m.alpha * hard.mean(), {"train/loss_total": m.alpha * hard.detach().mean()}
         if teacher_logits is None: raise LabError("this method needs teachers: give their logits [K, B, C], or choose method none")
+        if isinstance(teacher_logits, Tensor) and teacher_logits.ndim == 3 and teacher_logits.shape[1:] != student.shape: raise LabError(f"student logits {list(student.shape)} and teacher logits {list(teacher_logits.shape)}: expected [B, C] and [K, B, C] with the same samples and the same classes")
         _check_teachers(teacher_logits, labels)
         if m.warmup and epoch is None: raise LabError(f"warmup={m.warmup:g} epochs: give the epoch, or warmup=0")
         teacher_logits, confidences = teacher_logits.detach(), confidences.detach() if isinstance(confidences, Tensor) else confidences
@@ -468,6 +471,8 @@ def relational(student: Tensor, # [B, ...]
     def relative(d: Tensor) -> Tensor: return d / (d.sum() / (d > 0).sum().clamp(min=1)).clamp(min=torch.finfo(d.dtype).tiny)
     angles = F.smooth_l1_loss(e_s @ e_s.mT, e_t @ e_t.mT)
     return distance * F.smooth_l1_loss(relative(d_s), relative(d_t)) + angle * angles
+
+FEATURE_WEIGHTS = {"fitnet": 100., "attention": 1000., "similarity": 3000., "relational": 1.}  # of the term beside the logit loss; the drift term is not published for classification
 
 # %% ../nbs/12_kd.ipynb #c076
 def class_groups(labels: Tensor,   # [B]
