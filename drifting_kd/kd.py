@@ -380,19 +380,18 @@ def distill_terms(method: str | Composition,      # a name for `composition`, or
     _check_logits("the student's logits", student_logits)
     if student_logits.ndim != 2: raise LabError(f"student logits {list(student_logits.shape)}: expected [B, C]")
     _check_labels(labels, *student_logits.shape)
-    with torch.autocast(student_logits.device.type, enabled=False):
-        student = _wide(student_logits)
-        hard = F.cross_entropy(student, labels.long(), reduction="none", label_smoothing=label_smoothing)
-        if not m.loss: return m.alpha * hard.mean(), {"train/loss_total": m.alpha * hard.detach().mean()}
-        if teacher_logits is None: raise LabError("this method needs teachers: give their logits [K, B, C], or choose method none")
-        if isinstance(teacher_logits, Tensor) and teacher_logits.ndim == 3 and teacher_logits.shape[1:] != student.shape: raise LabError(f"student logits {list(student.shape)} and teacher logits {list(teacher_logits.shape)}: expected [B, C] and [K, B, C] with the same samples and the same classes")
-        _check_teachers(teacher_logits, labels)
-        if m.warmup and epoch is None: raise LabError(f"warmup={m.warmup:g} epochs: give the epoch, or warmup=0")
-        teacher_logits, confidences = teacher_logits.detach(), confidences.detach() if isinstance(confidences, Tensor) else confidences
-        soft, metrics = _soft(m, student, teacher_logits, labels, confidences)
-        g, shown = _gate(m, teacher_logits, labels, progress, confidences)
-        scale = (m.weight or (9. if m.standardized else 1.)) * (min(epoch / m.warmup, 1.) if m.warmup else 1.)
-        total = (g * scale * soft + (1 - g if m.combine == "mix" else 1.) * m.alpha * hard).mean()
+    student = _wide(student_logits)
+    hard = F.cross_entropy(student, labels.long(), reduction="none", label_smoothing=label_smoothing)
+    if not m.loss: return m.alpha * hard.mean(), {"train/loss_total": m.alpha * hard.detach().mean()}
+    if teacher_logits is None: raise LabError("this method needs teachers: give their logits [K, B, C], or choose method none")
+    if isinstance(teacher_logits, Tensor) and teacher_logits.ndim == 3 and teacher_logits.shape[1:] != student.shape: raise LabError(f"student logits {list(student.shape)} and teacher logits {list(teacher_logits.shape)}: expected [B, C] and [K, B, C] with the same samples and the same classes")
+    _check_teachers(teacher_logits, labels)
+    if m.warmup and epoch is None: raise LabError(f"warmup={m.warmup:g} epochs: give the epoch, or warmup=0")
+    teacher_logits, confidences = teacher_logits.detach(), confidences.detach() if isinstance(confidences, Tensor) else confidences
+    soft, metrics = _soft(m, student, teacher_logits, labels, confidences)
+    g, shown = _gate(m, teacher_logits, labels, progress, confidences)
+    scale = (m.weight or (9. if m.standardized else 1.)) * (min(epoch / m.warmup, 1.) if m.warmup else 1.)
+    total = (g * scale * soft + (1 - g if m.combine == "mix" else 1.) * m.alpha * hard).mean()
     losses = {f"train/loss_{name}": value.detach().mean() for name, value in zip(m.names, (soft, hard))}
     return total, losses | {"train/loss_total": total.detach()} | shown | metrics
 
