@@ -243,7 +243,7 @@ def aekd_weights(teacher_logits: Tensor, labels: Tensor,
     if K == 1: return uniform_weights(teacher_logits, labels)
     if student is None: raise LabError("aekd weights depend on the student: give its logits [B, C] as student=")
     if not K * cap >= 1: raise LabError(f"cap={cap}: {K} teachers with at most that much each do not sum to 1; give at least {1 / K:.3g}")
-    at = _wide(student.detach()).expand_as(teacher_logits).clone().requires_grad_()
+    at = _wide(student).expand_as(teacher_logits).clone().requires_grad_()
     with torch.enable_grad(): g, = torch.autograd.grad(loss(at, teacher_logits, labels, T=T).sum(), at)
     return _min_norm(torch.einsum("jbc,kbc->jkb", g, g), cap, 1 if K == 2 else sweeps)
 
