@@ -6,11 +6,12 @@
 from __future__ import annotations
 
 # %% auto #0
-__all__ = ['KINDS', 'Teacher', 'load_teacher', 'Teachers', 'halves', 'fit_temperature', 'log_odds', 'quantiles_by_class',
-           'transport', 'Calibration', 'plot_confidences']
+__all__ = ['KINDS', 'PAGE', 'Teacher', 'load_teacher', 'Teachers', 'halves', 'fit_temperature', 'log_odds', 'quantiles_by_class',
+           'transport', 'Calibration', 'plot_confidences', 'cache_bytes', 'disk_bytes', 'cache_facts', 'cache_folder',
+           'ViewCache', 'HostBatches']
 
 # %% ../nbs/12_kd.ipynb #c003
-import contextlib, dataclasses, functools, hashlib, json, math, os, re, time, warnings
+import contextlib, dataclasses, functools, hashlib, json, math, os, re, shutil, time, warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -273,3 +274,180 @@ def plot_confidences(kinds: dict,     # kind -> [B] confidences on training imag
     ax.set(xlabel="confidence in the right class", ylabel="share of images at or below", xlim=(0, 1), ylim=(0, 1), title=title or f"Confidence on training images: '{near}' is nearest to unseen images")
     ax.legend(loc="upper left")
     return fig
+
+# %% ../nbs/12_kd.ipynb #c038
+PAGE = 4096
+
+def cache_bytes(images: int, views: int, classes: int,
+                epochs: int = 0, # that will be seen; 0: all views
+               ) -> int:
+    "The most that one teacher's cache can come to take on the disk."
+    logits = views * 2 * classes
+    return images * ((min(logits, epochs * 2 * PAGE) if epochs else logits) + views * 4)
+
+def disk_bytes(folder: Path) -> int:
+    "What a folder's files take, holes left out."
+    return sum(f.stat().st_blocks * 512 for f in folder.glob("*"))
+
+def cache_facts(teacher: Teacher, data: Dataset) -> dict:
+    "All that decides what is in a cache."
+    return dict(teacher=teacher.net.sha256, architecture=teacher.architecture, dtype=str(teacher.net.dtype), size=teacher.net.size, data=data.sha256, image_size=data.image_size, crop_padding=data.crop_padding,
+                views=num_views(data.crop_padding, data.flip), classes=data.num_classes)
+
+def cache_folder(teacher: Teacher, data: Dataset, folder: str | Path = "") -> Path:
+    "Where a teacher's cache is: in `folder` (\"\" is runs/.cache/teachers), under a hash of the facts."
+    key = hashlib.sha256(json.dumps(cache_facts(teacher, data), sort_keys=True).encode()).hexdigest()[:32]
+    return Path(folder or runs_folder() / ".cache" / "teachers") / key
+
+@contextlib.contextmanager
+def _alone(path: Path, seconds: float = 60):
+    "Within the block no other process is in it."
+    end = time.monotonic() + seconds
+    while (handle := _lock(path)) is None:
+        if time.monotonic() > end: raise LabError(f"{path} is held by another process for {seconds:g} s; stop it")
+        time.sleep(.01)
+    try: yield
+    finally: handle.close()
+
+def _write_rows(path: Path, rows: np.ndarray, values: np.ndarray) -> None:
+    "Rows (ascending) of a file; neighbours in one write. The file is opened here, so that forked processes share no position in it."
+    width, cuts = values[0].nbytes, [0, *(np.flatnonzero(np.diff(rows) != 1) + 1), len(rows)]
+    with open(path, "r+b") as f:
+        for a, b in zip(cuts, cuts[1:]):
+            f.seek(int(rows[a]) * width)
+            f.write(values[a:b].tobytes())
+
+# %% ../nbs/12_kd.ipynb #c039
+class ViewCache:
+    "A teacher's logits of every view of the training and validation images, on the disk."
+    def __init__(self, teacher: Teacher, data: Dataset, folder: str | Path = ""): # "" is runs/.cache/teachers
+        self.teacher, self.data, self.facts, self.path = teacher, data, cache_facts(teacher, data), cache_folder(teacher, data, folder)
+        self.views, self.classes = self.facts["views"], data.num_classes
+        self.rows = self.views * (1 + max(int(s.indices.max()) for s in (data.train, data.val) if len(s)))
+        self.computed = self.damaged = 0  # rows, so far
+        self.storing = True
+        numbers = hash32(torch.arange(self.classes + 1), int(self.path.name[:15], 16)).numpy().astype(np.uint32)
+        self._salt, self._odd = numbers[0], numbers[1:] | np.uint32(1)
+        try: self._open()
+        except OSError as e: raise LabError(f"cannot open the teacher cache {self.path} ({e.strerror or e}); free the disk, fix the permissions, or let teachers run live") from e
+
+    def _open(self) -> None:
+        "Make or check the header; enlarge the files (holes cost nothing); map them for reading."
+        self.path.mkdir(parents=True, exist_ok=True)
+        header, files = self.path / "header.json", [(self.path / "logits.f16", 2 * self.classes), (self.path / "check.u32", 4)]
+        with _alone(self.path / ".lock"):
+            if not header.exists(): write_json(header, self.facts | {"name": self.teacher.name})
+            found = read_json(header)
+            if wrong := [k for k, v in self.facts.items() if found.get(k) != v]: raise LabError(f"{header} belongs to another cache ({wrong[0]} is {found.get(wrong[0])!r}, expected {self.facts[wrong[0]]!r}); delete the folder")
+            for file, width in files:
+                with open(file, "ab") as f:
+                    if f.tell() < self.rows * width: f.truncate(self.rows * width)
+        self._logits, self._checks = (np.asarray(np.memmap(file, dtype, "r", shape=shape)) for (file, _), dtype, shape in
+                                      zip(files, (np.float16, np.uint32), ((self.rows, self.classes), (self.rows,))))
+
+    def _place(self, index: Tensor, view: Tensor) -> np.ndarray:
+        index, view = index.cpu().numpy(), view.cpu().numpy()
+        rows = index * self.views + view
+        if len(rows) and not (0 <= view.min() and view.max() < self.views and 0 <= index.min() and rows.max() < self.rows):
+            raise LabError(f"index {index.min()}..{index.max()}, view {view.min()}..{view.max()}: the cache of {self.data.name} has training images 0..{self.rows // self.views - 1} with views 0..{self.views - 1}")
+        return rows
+
+    def _check(self, values: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        "32 bits of each row's content, place and key; never 0."
+        h = values.view(np.uint16).astype(np.uint32) @ self._odd + rows.astype(np.uint32) * np.uint32(0x9E3779B1) + self._salt
+        h = (h ^ (h >> np.uint32(15))) * np.uint32(0x2C1B3C6D)
+        return (h ^ (h >> np.uint32(12))) | np.uint32(1)
+
+    def __repr__(self) -> str: return f"ViewCache({self.teacher.name}, {self.views} views of {self.rows // self.views:,} images, {int(np.count_nonzero(self._checks)):,} rows, {self.disk() / 1e6:.1f} MB, {self.path})"
+
+    def disk(self) -> int:
+        "Bytes that it takes, holes left out."
+        return disk_bytes(self.path)
+
+# %% ../nbs/12_kd.ipynb #c040
+@patch
+def get(self: ViewCache, index: Tensor, view: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    "fp16 logits [B, C], and which of them are there [B]."
+    rows = self._place(index, view)
+    values, checks = self._logits[rows], self._checks[rows]
+    there = checks == self._check(values, rows)
+    if not there.all(): self.damaged += int((checks[~there] != 0).sum())
+    return values, there
+
+@patch
+def put(self: ViewCache, index: Tensor, view: Tensor, values: np.ndarray) -> None:
+    "Keep fp16 logits [B, C]: all rows first, then all checksums."
+    rows = self._place(index, view)
+    if not np.isfinite(values).all(): raise LabError(f"teacher {self.teacher.name} gives logits that fp16 cannot hold (not finite, or beyond 65,504); let it run live, or look at its weights")
+    order = rows.argsort(kind="stable")
+    _write_rows(self.path / "logits.f16", rows[order], values[order])
+    _write_rows(self.path / "check.u32", rows[order], self._check(values, rows)[order])
+
+@patch
+def __call__(self: ViewCache,
+             x: Tensor,     # uint8 [B, channels, H, W]: the pixels of these views, for what is not there yet
+             index: Tensor, # [B], in the original training set
+             view: Tensor,  # [B]
+            ) -> Tensor:    # fp32 [B, C] on the teacher's device
+    "Logits from the cache; what is missing is computed and kept."
+    values, there = self.get(index, view)
+    if not there.all():
+        missing = torch.from_numpy(~there)
+        fresh = self.teacher.steady(x[missing.to(x.device)]).cpu().numpy()
+        values[~there], self.computed = fresh, self.computed + len(fresh)
+        if self.storing:
+            try: self.put(index.cpu()[missing], view.cpu()[missing], fresh)
+            except OSError as e:
+                self.storing = False
+                warnings.warn(f"teacher cache {self.path} cannot be written ({e.strerror or e}); what is missing is computed live from now on")
+    found, device = torch.from_numpy(values), self.teacher.net.device
+    return (found.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else found.to(device)).float()
+
+@patch
+def fill(self: ViewCache,
+         split: Split | None = None, # None: the training images
+         views: list[int] | None = None, # None: all
+         rank: int = 0, world: int = 1,  # several processes share the work
+        ) -> int:
+    "Compute what is missing ahead of time; returns how many rows that were."
+    from tqdm import tqdm
+    split, views = self.data.train if split is None else split, torch.arange(self.views) if views is None else torch.tensor(views)
+    before, device = self.computed, self.teacher.net.device
+    for rows in tqdm(torch.arange(len(split)).split(max(1, 1024 // len(views)))[rank::world], desc=f"teacher {self.teacher.name}", unit="chunk", disable="IN_TEST" in os.environ):
+        row, view = rows.repeat_interleave(len(views)), views.repeat(len(rows))
+        missing = torch.from_numpy(~self.get(split.indices[row], view)[1])
+        row, view = row[missing], view[missing]
+        if len(row): self(view_pixels(split.images[row].to(device), view.to(device), self.data.crop_padding), split.indices[row], view)
+        if not self.storing: raise LabError(f"the teacher cache {self.path} cannot be filled; free the disk, or let teachers run live")
+    return self.computed - before
+
+# %% ../nbs/12_kd.ipynb #c050
+@patch
+def cache(self: Teachers,
+          folder: str | Path = "",  # "" is runs/.cache/teachers, which all runs share
+          limit_gb: float = 50.0,   # refuse to take more than this, all teachers together
+          epochs: int = 0,          # that will be seen; 0: all views, as `fill` makes them
+          seeds: int = 1,           # that will see them
+         ) -> str:
+    "From now on, logits of training and validation images are kept; returns what that may take, in words."
+    data, views = self.data, num_views(self.data.crop_padding, self.data.flip)
+    images = len(data.train)
+    folders = {cache_folder(t, data, folder) for t in self.all}
+    place = next(iter(folders)).parent
+    need = len(folders) * cache_bytes(images, views, data.num_classes, epochs * seeds)
+    words = f"{len(self)} teacher{'s' if len(self) > 1 else ''}, {views} views of {images:,} images, {data.num_classes} classes: at most {need / 1e9:.2g} GB in {place}"
+    there = next(p for p in (place, *place.absolute().parents) if p.exists())
+    free = shutil.disk_usage(there).free
+    if need > limit_gb * 1e9: raise LabError(f"the teacher cache is too large ({words}; the limit is {limit_gb:g} GB); raise the limit, or let teachers run live")
+    if need - sum(map(disk_bytes, folders)) > free: raise LabError(f"no room for the teacher cache ({words}; {free / 1e9:.2g} GB are free); free the disk, or let teachers run live")
+    self.caches = [ViewCache(t, data, folder) for t in self.all]
+    return words
+
+class HostBatches(Batches):
+    "Batches whose index and view stay on the CPU, where caches look them up."
+    def __iter__(self) -> Iterator[Batch]:
+        index = self.split.indices[self.rows()[0].cpu()]  # once an epoch
+        view, at = self.views(index), 0
+        for batch in super().__iter__():
+            part = slice(at, at := at + len(batch.y))
+            yield batch._replace(index=index[part], view=view[part])
