@@ -167,7 +167,10 @@ def fit_temperature(logits: Tensor, # [N, C] of images that the teacher has not 
     return math.exp(-brentq(slope, low, high, xtol=1e-10)) if slope(low) < 0 < slope(high) else 1.0
 
 # %% ../nbs/12_kd.ipynb #c026
-KINDS, _LEVELS, _FEW = ("raw", "calibrated", "crossfit", "label_free"), (torch.arange(32) + .5) / 32, 20
+KINDS = ("raw", "calibrated", "crossfit", "label_free")
+_LEVELS = (torch.arange(32) + .5) / 32  # of the quantiles
+_FEW = 20         # images of a class, for quantiles of its own
+_VIEWS_HELD = 4   # random views of each image of the calibration half
 
 def log_odds(logits: Tensor, # [..., B, C]
              labels: Tensor, # [B]
@@ -215,7 +218,7 @@ class Calibration:
         "For each teacher: was it trained on the image of this index [K, n]; quantiles [K, C, levels] of such images' log-odds and of unseen ones', on random views of both."
         train, C = self.data.train, self.data.num_classes
         sample = train.take(stratified(train.labels, min(len(train), 64 * C), self.seed, _REFERENCE))
-        (z_in, y_in, index), unseen = self._logits(sample, True), [self._logits(self.half, True, epoch) for epoch in range(4)]
+        (z_in, y_in, index), unseen = self._logits(sample, True), [self._logits(self.half, True, epoch) for epoch in range(_VIEWS_HELD)]
         z_out, y_out = torch.cat([z for z, _, _ in unseen], 1), torch.cat([y for _, y, _ in unseen])
         known, tables = torch.zeros(len(self.teachers), int(train.indices.max()) + 1, dtype=torch.bool), []
         for k, teacher in enumerate(self.teachers):
@@ -269,9 +272,9 @@ def plot_confidences(kinds: dict,     # kind -> [B] confidences on training imag
         ax.plot(values, (np.arange(len(values)) + 1) / len(values), label=f"{label} (mean {values.mean():.2f})", **style)
         return values.mean()
     target = draw(unseen, "unseen images", color="black", linestyle="--")
-    gaps = {kind: abs(draw(c, kind, color=COLOURS[i % len(COLOURS)]) - target) for i, (kind, c) in enumerate(kinds.items())}
-    near = min(gaps, key=gaps.get)
-    ax.set(xlabel="confidence in the right class", ylabel="share of images at or below", xlim=(0, 1), ylim=(0, 1), title=title or f"Confidence on training images: '{near}' is nearest to unseen images")
+    means = {kind: draw(c, kind, color=COLOURS[(i + 1) % len(COLOURS)]) for i, (kind, c) in enumerate(kinds.items())}
+    near = min(means, key=lambda kind: abs(means[kind] - target))
+    ax.set(xlabel="confidence in the right class", ylabel="share of images at or below", xlim=(0, 1), ylim=(0, 1), title=title or f"Of the confidences on training images, '{near}' is nearest to unseen ones ({means[near]:.2f}, {target:.2f})")
     ax.legend(loc="upper left")
     return fig
 
@@ -291,7 +294,7 @@ def disk_bytes(folder: Path) -> int:
 
 def cache_facts(teacher: Teacher, data: Dataset) -> dict:
     "All that decides what is in a cache."
-    return dict(teacher=teacher.net.sha256, architecture=teacher.architecture, dtype=str(teacher.net.dtype), size=teacher.net.size, data=data.sha256, image_size=data.image_size, crop_padding=data.crop_padding,
+    return dict(teacher=teacher.net.sha256, architecture=teacher.architecture, dtype=str(teacher.net.dtype), size=teacher.net.size, data=data.sha256, image_size=data.image_size,
                 views=num_views(data.crop_padding, data.flip), classes=data.num_classes)
 
 def cache_folder(teacher: Teacher, data: Dataset, folder: str | Path = "") -> Path:
@@ -326,8 +329,7 @@ class ViewCache:
         self.rows = self.views * (1 + max(int(s.indices.max()) for s in (data.train, data.val) if len(s)))
         self.computed = self.damaged = 0  # rows, so far
         self.storing = True
-        numbers = hash32(torch.arange(self.classes + 1), int(self.path.name[:15], 16)).numpy().astype(np.uint32)
-        self._salt, self._odd = numbers[0], numbers[1:] | np.uint32(1)
+        self._odd = hash32(torch.arange(self.classes), int(self.path.name[:15], 16)).numpy().astype(np.uint32) | np.uint32(1)
         try: self._open()
         except OSError as e: raise LabError(f"cannot open the teacher cache {self.path} ({e.strerror or e}); free the disk, fix the permissions, or let teachers run live") from e
 
@@ -354,7 +356,7 @@ class ViewCache:
 
     def _check(self, values: np.ndarray, rows: np.ndarray) -> np.ndarray:
         "32 bits of each row's content, place and key; never 0."
-        h = values.view(np.uint16).astype(np.uint32) @ self._odd + rows.astype(np.uint32) * np.uint32(0x9E3779B1) + self._salt
+        h = values.view(np.uint16).astype(np.uint32) @ self._odd + rows.astype(np.uint32) * np.uint32(0x9E3779B1)
         h = (h ^ (h >> np.uint32(15))) * np.uint32(0x2C1B3C6D)
         return (h ^ (h >> np.uint32(12))) | np.uint32(1)
 
@@ -431,10 +433,10 @@ def cache(self: Teachers,
          ) -> str:
     "From now on, logits of training and validation images are kept; returns what that may take, in words."
     data, views = self.data, num_views(self.data.crop_padding, self.data.flip)
-    images = len(data.train)
+    images = len(data.train) + len(data.val)
     folders = {cache_folder(t, data, folder) for t in self.all}
     place = next(iter(folders)).parent
-    need = len(folders) * cache_bytes(images, views, data.num_classes, epochs * seeds)
+    need = len(folders) * cache_bytes(images, views, data.num_classes, epochs * seeds + 1 + _VIEWS_HELD if epochs else 0)
     words = f"{len(self)} teacher{'s' if len(self) > 1 else ''}, {views} views of {images:,} images, {data.num_classes} classes: at most {need / 1e9:.2g} GB in {place}"
     there = next(p for p in (place, *place.absolute().parents) if p.exists())
     free = shutil.disk_usage(there).free
