@@ -4,20 +4,29 @@
 
 # %% ../nbs/12_kd.ipynb #c002
 from __future__ import annotations
-import dataclasses, functools, inspect, math
-from collections.abc import Callable
+import contextlib, dataclasses, functools, hashlib, inspect, json, math, os, re, shutil, time, warnings
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
+import numpy as np
 import torch
 import torch.nn.functional as F
+from fastcore.basics import patch
 from torch import Tensor, nn
-from .core import LabError, unknown
+from .core import LabError, _lock, plain, read_json, runs_folder, split_words, unknown, write_json
+from .data import Batch, Batches, Dataset, Split, hash32, load_dataset, num_views, stratified, view_pixels
+from .models import Frozen, _resolve, checkpoint_model, count_parameters, load_checkpoint, model_name, pretrained
+from .plots import COLOURS, Figure, Picture, _styled
+from .track import resolve_artifact
 
 # %% auto #0
-__all__ = ['GATES', 'LOSSES', 'WEIGHTS', 'METHODS', 'FEATURE_WEIGHTS', 'kd_loss', 'dkd_loss', 'nkd_loss', 'dist_loss',
-           'mlkd_loss', 'standardize', 'ls', 'uniform_weights', 'ca_weights', 'entropy_weights',
+__all__ = ['GATES', 'LOSSES', 'WEIGHTS', 'METHODS', 'FEATURE_WEIGHTS', 'KINDS', 'PAGE', 'kd_loss', 'dkd_loss', 'nkd_loss',
+           'dist_loss', 'mlkd_loss', 'standardize', 'ls', 'uniform_weights', 'ca_weights', 'entropy_weights',
            'most_confident_weights', 'aekd_weights', 'gate_bounds', 'gate', 'gate_saturated', 'Composition',
            'composition', 'distill_terms', 'FitNet', 'attention_transfer', 'similarity_preserving', 'relational',
-           'class_groups', 'drift_term']
+           'class_groups', 'drift_term', 'Teacher', 'load_teacher', 'Teachers', 'halves', 'fit_temperature', 'log_odds',
+           'quantiles_by_class', 'transport', 'Calibration', 'plot_confidences', 'cache_bytes', 'disk_bytes',
+           'cache_facts', 'cache_folder', 'ViewCache', 'HostBatches']
 
 # %% ../nbs/12_kd.ipynb #c005
 def _wide(x: Tensor) -> Tensor: return x if x.dtype == torch.float64 else x.float()
@@ -512,3 +521,431 @@ def drift_term(student: Tensor, # [B, D] pooled features
     if not groups: return s.sum() * 0, {}
     share = [n / sum(shares) for n in shares]
     return sum(w * loss for w, loss in zip(share, losses)), {name: sum(w * seen[name] for w, seen in zip(share, stats)) for name in stats[0]}
+
+# %% ../nbs/12_kd.ipynb #c086
+@dataclass
+class Teacher:
+    "A frozen network and where it came from."
+    net: Frozen
+    source: str                # as the user wrote it
+    parameters: int
+    seen: Tensor | None = None # original indices of this data set's images that it was trained on; None: not known, or other data
+    notes: list = field(default_factory=list)
+    accuracy: float = math.nan # on the calibration half; `Teachers.calibrate` fills these in
+    temperature: float = 1.0
+
+    @property
+    def name(self) -> str: return self.net.name
+    @property
+    def architecture(self) -> str: return model_name(self.net.model)
+
+    @torch.no_grad()
+    def logits(self, x: Tensor) -> Tensor: # uint8 [B, channels, H, W] -> fp32 [B, C]
+        "From pixels to logits, also inside the student's autocast."
+        with torch.autocast(self.net.device.type, enabled=False): return self.net(x)
+
+    @torch.no_grad()
+    def steady(self, x: Tensor) -> Tensor: # uint8 [B, channels, H, W] -> fp16 [B, C]
+        "The same in chunks of one size: then an image's logits do not depend, to the bit, on which images are beside it."
+        n = 32 if self.net.device.type == "cpu" else 256
+        padded = torch.cat([x, x[:1].expand(-len(x) % n, *x.shape[1:])])
+        return torch.cat([self.logits(part) for part in padded.split(n)])[:len(x)].half()
+
+# %% ../nbs/12_kd.ipynb #c087
+def _split_of(file: Path, checkpoint: dict) -> Tensor | None:
+    "Original indices of the images that made a checkpoint: as its run wrote them down, else from the configuration; None where neither works."
+    splits, c = (file.parent.parent if file.parent.name == "checkpoints" else file.parent) / "splits.npz", checkpoint["config"] or {}
+    if splits.exists():
+        with np.load(splits, allow_pickle=False) as saved:
+            if str(saved["sha256"]) == (checkpoint["task"] or {}).get("data_sha256"): return torch.from_numpy(saved["train"])
+    try: return load_dataset(c["dataset"], c["data_root"], c["image_size"], c["val_fraction"], c["split_seed"], c["limit"]).train.indices
+    except (LabError, KeyError): return None
+
+def _from_checkpoint(file: Path, source: str, data: Dataset, device, dtype: torch.dtype) -> Teacher:
+    checkpoint = load_checkpoint(file)
+    model, task, c = checkpoint_model(checkpoint), checkpoint["task"] or {}, checkpoint["config"] or {}
+    if not task.get("mean"): raise LabError(f"teacher {source}: {file} does not say how pixels are normalised; give a checkpoint of a classifier")
+    name = file.parent.name if file.name == "final_model.pt" else f"{file.parent.parent.name}/{file.stem}" if file.parent.name == "checkpoints" else file.stem
+    size = task.get("image_size") or data.image_size
+    teacher = Teacher(Frozen(model, task["mean"], task["std"], name, device, dtype, size=0 if size == data.image_size else size), source, count_parameters(model))
+    names, unnamed = task.get("classes") or [], [str(i) for i in range(data.num_classes)]
+    if len(names) == data.num_classes and names != data.classes:
+        if unnamed not in (names, data.classes):
+            other = next(i for i, (a, b) in enumerate(zip(names, data.classes)) if a != b)
+            raise LabError(f"teacher {source} has other classes than {data.name}: class {other} is {names[other]!r} there and {data.classes[other]!r} here; give a teacher of the same classes in the same order")
+        teacher.notes.append("class names are not known on both sides")
+    if task.get("data_sha256") != data.sha256 and c.get("dataset") != data.name: teacher.notes.append(f"trained on {c.get('dataset') or 'other data'}; whether that holds images of {data.name} is not known")
+    elif (seen := _split_of(file, checkpoint)) is None: teacher.notes.append("its training images are not known")
+    else: teacher.seen = seen
+    return teacher
+
+# %% ../nbs/12_kd.ipynb #c088
+def load_teacher(source,         # a run folder, run name, checkpoint file, artifact, published name (or name=file), or what `frozen` returns
+                 data: Dataset,  # the student's
+                 device="cpu",
+                 dtype: torch.dtype = torch.float32, # bfloat16 for speed
+                ) -> Teacher:
+    "A teacher that fits the data, or the reason why it does not."
+    if isinstance(source, Frozen): teacher = Teacher(source, source.name, sum(p.numel() for p in source.model.parameters()), notes=["its training images are not known"])
+    elif Path(source).exists() or (runs_folder() / source).exists(): teacher = _from_checkpoint(_resolve(source), str(source), data, device, dtype)
+    elif re.fullmatch(r"(\S+/)?model-[^/:]+(:[^/:]+)?", str(source)): teacher = _from_checkpoint(resolve_artifact(str(source)), str(source), data, device, dtype)
+    else:
+        name, _, weights = str(source).partition("=")
+        try: net = pretrained(name, weights, num_classes=data.num_classes, device=device, dtype=dtype)
+        except LabError as e: raise LabError(f"teacher {source!r} is no run in {runs_folder()}, no file and no artifact, and as a published network: {e}") from None
+        teacher = Teacher(net, str(source), sum(p.numel() for p in net.model.parameters()), notes=["its training images are not known"])
+    channels = len(teacher.net.mean)
+    if channels != data.channels and (channels, data.channels) != (3, 1): raise LabError(f"teacher {teacher.source} sees images of {channels} channels, but {data.name} has {data.channels}; give a teacher of such images")
+    if channels != data.channels: teacher.notes.append("grey images stand in all three channels")
+    try: found = tuple(teacher.logits(torch.zeros(2, data.channels, data.image_size, data.image_size, dtype=torch.uint8)).shape)
+    except Exception as e: raise LabError(f"teacher {teacher.source} cannot classify images of {data.image_size} pixels ({type(e).__name__}: {' '.join(str(e).split())[:120]}); give a classifier") from None
+    if found != (2, data.num_classes): raise LabError(f"teacher {teacher.source} has {found[-1]} classes, but {data.name} has {data.num_classes}; give a teacher of the same classes")
+    if teacher.seen is not None and (shared := int(torch.isin(data.val.indices, teacher.seen).sum())):
+        raise LabError(f"teacher {teacher.source} was trained on {shared} of the student's {len(data.val)} validation images, so it cannot be calibrated or judged on them; give both the same val_fraction and split_seed")
+    return teacher
+
+# %% ../nbs/12_kd.ipynb #c089
+class Teachers:
+    "Any number of teachers, of any architecture and input size, that see the views the student sees."
+    def __init__(self,
+                 sources,        # a list of what `load_teacher` takes, or words
+                 data: Dataset,  # the student's
+                 device="cpu",
+                 dtype: torch.dtype = torch.float32): # bfloat16 for speed
+        found = sources if isinstance(sources, (list, tuple)) else split_words(sources)
+        if not found: raise LabError("no teachers; give run names, checkpoint files, artifacts or published networks")
+        self.data, self.device, self.caches, self.calibration = data, torch.device(device), [], None
+        self.all = [load_teacher(s, data, device, dtype) for s in found]
+
+    def __len__(self) -> int: return len(self.all)
+    def __getitem__(self, k: int) -> Teacher: return self.all[k]
+
+    def logits(self, x: Tensor) -> Tensor: # uint8 [B, channels, H, W] -> fp32 [K, B, C]
+        "Live logits."
+        return torch.stack([t.logits(x) for t in self.all])
+
+    def __call__(self, batch: Batch) -> Tensor: # fp32 [K, B, C]
+        "The logits of a batch of training or validation images: from the caches, where `cache` has opened them, else live."
+        return torch.stack([c(batch.x, batch.index, batch.view) for c in self.caches]) if self.caches else self.logits(batch.x)
+
+    def rows(self) -> list[dict]:
+        "One record a teacher: what a tracker keeps and a table shows."
+        return [dict(name=t.name, source=t.source, model=t.architecture, parameters=t.parameters, image_size=t.net.size or self.data.image_size, sha256=t.net.sha256, accuracy=t.accuracy, temperature=t.temperature,
+                     notes="; ".join(t.notes)) for t in self.all]
+
+    def table(self):
+        "The records as a data frame, hashes cut short."
+        import pandas as pd
+        return pd.DataFrame(self.rows()).assign(sha256=lambda d: d.sha256.str[:12])
+
+# %% ../nbs/12_kd.ipynb #c098
+_HALVES, _REFERENCE = 31, 32  # streams of the hash
+
+def halves(split: Split, # validation images
+           seed: int,
+          ) -> tuple[Split, Split]: # for calibration, for selection
+    "Two stratified halves; no class and not the whole differs by more than one image."
+    order = hash32(split.indices, seed, _HALVES).argsort()
+    order = order[split.labels[order].argsort(stable=True)]
+    return split.take(order[0::2].sort().values), split.take(order[1::2].sort().values)
+
+# %% ../nbs/12_kd.ipynb #c102
+def fit_temperature(logits: Tensor, # [N, C] of images that the teacher has not seen
+                    labels: Tensor, # [N]
+                   ) -> float:
+    "The temperature with the least NLL, in float64."
+    from scipy.optimize import brentq
+    z, y = logits.detach().cpu().double(), labels.cpu()
+    z = z - z.max(1, keepdim=True).values
+    right = z.gather(1, y[:, None]).mean()
+    def slope(log_beta: float) -> float: return float((torch.softmax(z * math.exp(log_beta), 1) * z).sum(1).mean() - right)
+    low, high = -math.log(20), math.log(20)
+    return math.exp(-brentq(slope, low, high, xtol=1e-10)) if slope(low) < 0 < slope(high) else 1.0
+
+# %% ../nbs/12_kd.ipynb #c106
+KINDS = ("raw", "calibrated", "crossfit", "label_free")
+_LEVELS = (torch.arange(32) + .5) / 32  # of the quantiles
+_FEW = 20         # images of a class, for quantiles of its own
+_VIEWS_HELD = 4   # random views of each image of the calibration half
+
+def log_odds(logits: Tensor, # [..., B, C]
+             labels: Tensor, # [B]
+            ) -> Tensor:     # [..., B]
+    "log p[y] - log(1 - p[y]), which still tells 1 - 1e-9 from 1 - 1e-8."
+    y = labels.expand(logits.shape[:-1])[..., None]
+    return (logits.gather(-1, y) - logits.scatter(-1, y, -math.inf).logsumexp(-1, keepdim=True)).squeeze(-1)
+
+def quantiles_by_class(values: Tensor, # [N]
+                       labels: Tensor, # [N]
+                       classes: Tensor,# bool [C]: classes with quantiles of their own; the others take everybody's
+                      ) -> Tensor:     # [C, levels]
+    rows = [torch.quantile(values[labels == c] if own else values, _LEVELS.to(values)) for c, own in enumerate(classes.tolist())]
+    return torch.stack(rows)
+
+def transport(x: Tensor,      # [B]
+              source: Tensor, # [B, levels]: quantiles of the distribution that each x is from
+              target: Tensor, # [B, levels]: of the one that it is moved to
+             ) -> Tensor:
+    "The same quantile of the other distribution; linear between levels, a shift beyond them."
+    i = torch.searchsorted(source, x[:, None]).clamp(1, source.shape[1] - 1)
+    (a, b), (u, v) = ([q.gather(1, i - 1)[:, 0], q.gather(1, i)[:, 0]] for q in (source, target))
+    inside = u + ((x - a) / (b - a).clamp(min=1e-9)).clamp(0, 1) * (v - u)
+    return inside + (x - source[:, 0]).clamp(max=0) + (x - source[:, -1]).clamp(min=0)
+
+# %% ../nbs/12_kd.ipynb #c108
+class Calibration:
+    "What the calibration half says about teachers: accuracy, temperature and, when asked for, quantiles."
+    def __init__(self, teachers: Teachers, seed: int):
+        self.teachers, self.data, self.seed = teachers, teachers.data, seed
+        self.half, self.selection = halves(self.data.val, seed)
+        if not len(self.half): raise LabError("calibration needs validation images; use val_fraction above 0, or confidences 'raw' or 'label_free'")
+        logits, labels, _ = self._logits(self.half, augment=False)
+        self.accuracy = [float((z.argmax(1) == labels).double().mean()) for z in logits]
+        self.temperature = torch.tensor([fit_temperature(z, labels) for z in logits])
+
+    def _logits(self, split: Split, augment: bool, epoch: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+        "Logits [K, N, C], labels and indices of a whole split, on the CPU."
+        batches = Batches(split, 256, self.seed, epoch, augment, shuffle=False, drop_last=False, device=self.teachers.device, crop_padding=self.data.crop_padding, flip=self.data.flip)
+        logits, y, index = zip(*((self.teachers(b).cpu(), b.y.cpu(), b.index.cpu()) for b in batches))
+        return torch.cat(logits, 1), torch.cat(y), torch.cat(index)
+
+    @functools.cached_property
+    def quantiles(self) -> tuple[Tensor, Tensor, Tensor]:
+        "For each teacher: was it trained on the image of this index [K, n]; quantiles [K, C, levels] of such images' log-odds and of unseen ones', on random views of both."
+        train, C = self.data.train, self.data.num_classes
+        sample = train.take(stratified(train.labels, min(len(train), 64 * C), self.seed, _REFERENCE))
+        (z_in, y_in, index), unseen = self._logits(sample, True), [self._logits(self.half, True, epoch) for epoch in range(_VIEWS_HELD)]
+        z_out, y_out = torch.cat([z for z, _, _ in unseen], 1), torch.cat([y for _, y, _ in unseen])
+        known, tables = torch.zeros(len(self.teachers), int(train.indices.max()) + 1, dtype=torch.bool), []
+        for k, teacher in enumerate(self.teachers):
+            known[k] = True if teacher.seen is None else torch.isin(torch.arange(known.shape[1]), teacher.seen)
+            rows = known[k][index]
+            if not rows.any(): rows = ~rows  # unused: it has seen none of them
+            own = (torch.bincount(y_in[rows], minlength=C) >= _FEW) & (torch.bincount(self.half.labels, minlength=C) >= _FEW)
+            tables.append([quantiles_by_class(log_odds(z[k] / self.temperature[k], y)[use], y[use], own) for z, y, use in ((z_in, y_in, rows), (z_out, y_out, slice(None)))])
+        device = self.teachers.device
+        return known.to(device), *(torch.stack(side).to(device) for side in zip(*tables))
+
+# %% ../nbs/12_kd.ipynb #c109
+@patch
+def calibrate(self: Teachers, seed: int) -> Calibration:
+    "Fit temperatures on one half of the validation images; `.selection` is the other half, for choosing students."
+    self.calibration = Calibration(self, seed)
+    for t, accuracy, T in zip(self, self.calibration.accuracy, self.calibration.temperature.tolist()): t.accuracy, t.temperature = accuracy, T
+    return self.calibration
+
+@patch
+def confidences(self: Teachers,
+                logits: Tensor, # [K, B, C]
+                batch: Batch,   # training images: their labels and indices
+                kind: str = "raw", # raw, calibrated, crossfit or label_free
+               ) -> Tensor:     # [K, B], in [0, 1]
+    "How sure each teacher is of each image."
+    if kind not in KINDS: raise unknown("kind of confidence", kind, KINDS)
+    if kind == "label_free":
+        logp = logits.log_softmax(-1)
+        return (1 + (logp.exp() * logp).sum(-1) / math.log(logits.shape[-1])).clamp(0, 1)
+    if kind == "raw": return log_odds(logits, batch.y).sigmoid()
+    if self.calibration is None: raise LabError(f"confidences {kind!r} need a calibration; call calibrate(seed) first, or use 'raw' or 'label_free'")
+    odds = log_odds(logits / self.calibration.temperature.to(logits.device)[:, None, None], batch.y)
+    if kind == "calibrated": return odds.sigmoid()
+    known, source, target = self.calibration.quantiles
+    index, rows = batch.index.to(logits.device), [q[:, batch.y].flatten(0, 1) for q in (source, target)]
+    return torch.where(known[:, index], transport(odds.flatten(), *rows).view_as(odds), odds).sigmoid()
+
+# %% ../nbs/12_kd.ipynb #c111
+@_styled
+def plot_confidences(kinds: dict,     # kind -> [B] confidences on training images
+                     unseen: Tensor,  # [n] on images that no teacher was trained on
+                     title: str = "", # "" states the finding
+                    ) -> Figure:
+    "What share of the images has at most this confidence."
+    if not kinds or not len(unseen): raise LabError("plot_confidences needs at least one kind and some unseen images")
+    fig = Picture(figsize=(7, 3.6), layout="constrained")
+    ax = fig.subplots()
+    def draw(values, label, **style):
+        values = np.sort(np.asarray(values.cpu(), dtype=float).ravel())
+        ax.plot(values, (np.arange(len(values)) + 1) / len(values), label=f"{label} (mean {values.mean():.2f})", **style)
+        return values.mean()
+    target = draw(unseen, "unseen images", color="black", linestyle="--")
+    means = {kind: draw(c, kind, color=COLOURS[(i + 1) % len(COLOURS)]) for i, (kind, c) in enumerate(kinds.items())}
+    near = min(means, key=lambda kind: abs(means[kind] - target))
+    ax.set(xlabel="confidence in the right class", ylabel="share of images at or below", xlim=(0, 1), ylim=(0, 1), title=title or f"Of the confidences on training images, '{near}' is nearest to unseen ones ({means[near]:.2f}, {target:.2f})")
+    ax.legend(loc="upper left")
+    return fig
+
+# %% ../nbs/12_kd.ipynb #c118
+PAGE = 4096
+
+def cache_bytes(images: int, views: int, classes: int,
+                epochs: int = 0, # that will be seen; 0: all views
+               ) -> int:
+    "The most that one teacher's cache can come to take on the disk."
+    logits = views * 2 * classes
+    return images * ((min(logits, epochs * 2 * PAGE) if epochs else logits) + views * 4)
+
+def disk_bytes(folder: Path) -> int:
+    "What a folder's files take, holes left out."
+    return sum(f.stat().st_blocks * 512 for f in folder.glob("*"))
+
+def cache_facts(teacher: Teacher, data: Dataset) -> dict:
+    "All that decides what is in a cache."
+    return dict(teacher=teacher.net.sha256, architecture=teacher.architecture, dtype=str(teacher.net.dtype), size=teacher.net.size, data=data.sha256, image_size=data.image_size,
+                views=num_views(data.crop_padding, data.flip), classes=data.num_classes)
+
+def cache_folder(teacher: Teacher, data: Dataset, folder: str | Path = "") -> Path:
+    "Where a teacher's cache is: in `folder` (\"\" is runs/.cache/teachers), under a hash of the facts."
+    key = hashlib.sha256(json.dumps(cache_facts(teacher, data), sort_keys=True).encode()).hexdigest()[:32]
+    return Path(folder or runs_folder() / ".cache" / "teachers") / key
+
+@contextlib.contextmanager
+def _alone(path: Path, seconds: float = 60):
+    "Within the block no other process is in it."
+    end = time.monotonic() + seconds
+    while (handle := _lock(path)) is None:
+        if time.monotonic() > end: raise LabError(f"{path} is held by another process for {seconds:g} s; stop it")
+        time.sleep(.01)
+    try: yield
+    finally: handle.close()
+
+def _write_rows(path: Path, rows: np.ndarray, values: np.ndarray) -> None:
+    "Rows (ascending) of a file; neighbours in one write. The file is opened here, so that forked processes share no position in it."
+    width, cuts = values[0].nbytes, [0, *(np.flatnonzero(np.diff(rows) != 1) + 1), len(rows)]
+    with open(path, "r+b") as f:
+        for a, b in zip(cuts, cuts[1:]):
+            f.seek(int(rows[a]) * width)
+            f.write(values[a:b].tobytes())
+
+# %% ../nbs/12_kd.ipynb #c119
+class ViewCache:
+    "A teacher's logits of every view of the training and validation images, on the disk."
+    def __init__(self, teacher: Teacher, data: Dataset, folder: str | Path = ""): # "" is runs/.cache/teachers
+        self.teacher, self.data, self.facts, self.path = teacher, data, cache_facts(teacher, data), cache_folder(teacher, data, folder)
+        self.views, self.classes = self.facts["views"], data.num_classes
+        self.rows = self.views * (1 + max(int(s.indices.max()) for s in (data.train, data.val) if len(s)))
+        self.computed = self.damaged = 0  # rows, so far
+        self.storing = True
+        self._odd = hash32(torch.arange(self.classes), int(self.path.name[:15], 16)).numpy().astype(np.uint32) | np.uint32(1)
+        try: self._open()
+        except OSError as e: raise LabError(f"cannot open the teacher cache {self.path} ({e.strerror or e}); free the disk, fix the permissions, or let teachers run live") from e
+
+    def _open(self) -> None:
+        "Make or check the header; enlarge the files (holes cost nothing); map them for reading."
+        self.path.mkdir(parents=True, exist_ok=True)
+        header, files = self.path / "header.json", [(self.path / "logits.f16", 2 * self.classes), (self.path / "check.u32", 4)]
+        with _alone(self.path / ".lock"):
+            if not header.exists(): write_json(header, self.facts | {"name": self.teacher.name})
+            found = read_json(header)
+            if wrong := [k for k, v in self.facts.items() if found.get(k) != v]: raise LabError(f"{header} belongs to another cache ({wrong[0]} is {found.get(wrong[0])!r}, expected {self.facts[wrong[0]]!r}); delete the folder")
+            for file, width in files:
+                with open(file, "ab") as f:
+                    if f.tell() < self.rows * width: f.truncate(self.rows * width)
+        self._logits, self._checks = (np.asarray(np.memmap(file, dtype, "r", shape=shape)) for (file, _), dtype, shape in
+                                      zip(files, (np.float16, np.uint32), ((self.rows, self.classes), (self.rows,))))
+
+    def _place(self, index: Tensor, view: Tensor) -> np.ndarray:
+        index, view = index.cpu().numpy(), view.cpu().numpy()
+        rows = index * self.views + view
+        if len(rows) and not (0 <= view.min() and view.max() < self.views and 0 <= index.min() and rows.max() < self.rows):
+            raise LabError(f"index {index.min()}..{index.max()}, view {view.min()}..{view.max()}: the cache of {self.data.name} has training images 0..{self.rows // self.views - 1} with views 0..{self.views - 1}")
+        return rows
+
+    def _check(self, values: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        "32 bits of each row's content, place and key; never 0."
+        h = values.view(np.uint16).astype(np.uint32) @ self._odd + rows.astype(np.uint32) * np.uint32(0x9E3779B1)
+        h = (h ^ (h >> np.uint32(15))) * np.uint32(0x2C1B3C6D)
+        return (h ^ (h >> np.uint32(12))) | np.uint32(1)
+
+    def __repr__(self) -> str: return f"ViewCache({self.teacher.name}, {self.views} views of {self.rows // self.views:,} images, {int(np.count_nonzero(self._checks)):,} rows, {self.disk() / 1e6:.1f} MB, {self.path})"
+
+    def disk(self) -> int:
+        "Bytes that it takes, holes left out."
+        return disk_bytes(self.path)
+
+# %% ../nbs/12_kd.ipynb #c120
+@patch
+def get(self: ViewCache, index: Tensor, view: Tensor) -> tuple[np.ndarray, np.ndarray]:
+    "fp16 logits [B, C], and which of them are there [B]."
+    rows = self._place(index, view)
+    values, checks = self._logits[rows], self._checks[rows]
+    there = checks == self._check(values, rows)
+    if not there.all(): self.damaged += int((checks[~there] != 0).sum())
+    return values, there
+
+@patch
+def put(self: ViewCache, index: Tensor, view: Tensor, values: np.ndarray) -> None:
+    "Keep fp16 logits [B, C]: all rows first, then all checksums."
+    rows = self._place(index, view)
+    if not np.isfinite(values).all(): raise LabError(f"teacher {self.teacher.name} gives logits that fp16 cannot hold (not finite, or beyond 65,504); let it run live, or look at its weights")
+    order = rows.argsort(kind="stable")
+    _write_rows(self.path / "logits.f16", rows[order], values[order])
+    _write_rows(self.path / "check.u32", rows[order], self._check(values, rows)[order])
+
+@patch
+def __call__(self: ViewCache,
+             x: Tensor,     # uint8 [B, channels, H, W]: the pixels of these views, for what is not there yet
+             index: Tensor, # [B], in the original training set
+             view: Tensor,  # [B]
+            ) -> Tensor:    # fp32 [B, C] on the teacher's device
+    "Logits from the cache; what is missing is computed and kept."
+    values, there = self.get(index, view)
+    if not there.all():
+        missing = torch.from_numpy(~there)
+        fresh = self.teacher.steady(x[missing.to(x.device)]).cpu().numpy()
+        values[~there], self.computed = fresh, self.computed + len(fresh)
+        if self.storing:
+            try: self.put(index.cpu()[missing], view.cpu()[missing], fresh)
+            except OSError as e:
+                self.storing = False
+                warnings.warn(f"teacher cache {self.path} cannot be written ({e.strerror or e}); what is missing is computed live from now on")
+    found, device = torch.from_numpy(values), self.teacher.net.device
+    return (found.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else found.to(device)).float()
+
+@patch
+def fill(self: ViewCache,
+         split: Split | None = None, # None: the training images
+         views: list[int] | None = None, # None: all
+         rank: int = 0, world: int = 1,  # several processes share the work
+        ) -> int:
+    "Compute what is missing ahead of time; returns how many rows that were."
+    from tqdm import tqdm
+    split, views = self.data.train if split is None else split, torch.arange(self.views) if views is None else torch.tensor(views)
+    before, device = self.computed, self.teacher.net.device
+    for rows in tqdm(torch.arange(len(split)).split(max(1, 1024 // len(views)))[rank::world], desc=f"teacher {self.teacher.name}", unit="chunk", disable="IN_TEST" in os.environ):
+        row, view = rows.repeat_interleave(len(views)), views.repeat(len(rows))
+        missing = torch.from_numpy(~self.get(split.indices[row], view)[1])
+        row, view = row[missing], view[missing]
+        if len(row): self(view_pixels(split.images[row].to(device), view.to(device), self.data.crop_padding), split.indices[row], view)
+        if not self.storing: raise LabError(f"the teacher cache {self.path} cannot be filled; free the disk, or let teachers run live")
+    return self.computed - before
+
+# %% ../nbs/12_kd.ipynb #c130
+@patch
+def cache(self: Teachers,
+          folder: str | Path = "",  # "" is runs/.cache/teachers, which all runs share
+          limit_gb: float = 50.0,   # refuse to take more than this, all teachers together
+          epochs: int = 0,          # that will be seen; 0: all views, as `fill` makes them
+          seeds: int = 1,           # that will see them
+         ) -> str:
+    "From now on, logits of training and validation images are kept; returns what that may take, in words."
+    data, views = self.data, num_views(self.data.crop_padding, self.data.flip)
+    images = len(data.train) + len(data.val)
+    folders = {cache_folder(t, data, folder) for t in self.all}
+    place = next(iter(folders)).parent
+    need = len(folders) * cache_bytes(images, views, data.num_classes, epochs * seeds + 1 + _VIEWS_HELD if epochs else 0)
+    words = f"{len(self)} teacher{'s' if len(self) > 1 else ''}, {views} views of {images:,} images, {data.num_classes} classes: at most {need / 1e9:.2g} GB in {place}"
+    there = next(p for p in (place, *place.absolute().parents) if p.exists())
+    free = shutil.disk_usage(there).free
+    if need > limit_gb * 1e9: raise LabError(f"the teacher cache is too large ({words}; the limit is {limit_gb:g} GB); raise the limit, or let teachers run live")
+    if need - sum(map(disk_bytes, folders)) > free: raise LabError(f"no room for the teacher cache ({words}; {free / 1e9:.2g} GB are free); free the disk, or let teachers run live")
+    self.caches = [ViewCache(t, data, folder) for t in self.all]
+    return words
+
+class HostBatches(Batches):
+    "Batches whose index and view stay on the CPU, where caches look them up."
+    def __iter__(self) -> Iterator[Batch]:
+        index = self.split.indices[self.rows()[0].cpu()]  # once an epoch
+        view, at = self.views(index), 0
+        for batch in super().__iter__():
+            part = slice(at, at := at + len(batch.y))
+            yield batch._replace(index=index[part], view=view[part])
