@@ -4,11 +4,12 @@
 
 The loop is what one writes first: for every class and every temperature one `cdist`, two softmaxes and the products, under no_grad. It gives the same field.
 All ways take turns on the same features, whose mean distance is 1, and CPU time is counted, so a busy machine hurts them alike; wall time is kept beside it.
-Memory: a fresh process makes the inputs, calls once at a tiny size (libraries take their own buffers), notes its resident memory and runs once; extra is the
-highest resident memory of the process (getrusage) less that. So it counts the result, every temporary and what the allocator does not give back.
+Memory (Linux): a fresh process makes the inputs, calls once at a tiny size (libraries take their own buffers), notes its resident memory, resets the kernel's
+high-water mark and runs once; extra is the new mark (VmHWM) less what was noted. So it counts the result, every temporary and what the allocator does not give back.
+(getrusage would not do: a process inherits its parent's mark.)
 `benchmarks/gpu.py --only drift` makes the table on a GPU, with `compiled_V` beside it.
 """
-import argparse, math, os, resource, statistics, subprocess, sys, time
+import argparse, math, re, statistics, subprocess, sys, time
 from pathlib import Path
 import torch
 
@@ -78,16 +79,17 @@ def speed(threads: int, repeats: int) -> dict:
               f"fastest turns {ours['speedup_of_fastest']:.2f}); chunk {table[name]['cpu']['compute_V, chunk']['speedup']:.2f}x; wall {table[name]['wall']['compute_V']['ms']:.2f} ms, {table[name]['wall']['compute_V']['speedup']:.2f}x; differs by {difference:.0e}", flush=True)
     return table
 
-def resident() -> int: return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+def resident(which: str) -> int: return 1024 * int(re.search(rf"{which}:\s+(\d+)", Path("/proc/self/status").read_text())[1])
 
 def extra_memory(n: int, dims: int, chunk: int) -> int:
     "Bytes beyond the inputs; for a process of its own. chunk -1 is the loop."
     way = plain_loop if chunk < 0 else lambda x, p: compute_V(x, p, temps=TEMPS, chunk=chunk)
     x, p = clouds(1, n, dims)
     way(x[:, :32, :8].contiguous(), p[:, :32, :8].contiguous())
-    before = resident()
+    Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts again from here
+    before = resident("VmRSS")
     way(x, p)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+    return resident("VmHWM") - before
 
 def memory() -> dict:
     table = {}

@@ -84,12 +84,12 @@ def _sets(x: Tensor, y_pos: Tensor, y_neg: Tensor | None, y_uncond: Tensor | Non
 def _distances(s: _Sets, groups: slice, rows: slice, sums: Tensor | None = None) -> Tensor:
     "d [b, n, M]; a masked pair is infinitely far away. `sums` [2, B, M] collects distances and squares over rows."
     d = torch.baddbmm(s.yy[groups, None], s.x[groups, rows], s.y[groups].mT, alpha=-2).add_(s.xx[groups, rows, None]).clamp_(min=0)
-    itself = d[:, :, rows].diagonal(dim1=-2, dim2=-1) if s.masked else d[:, :0, 0]
-    itself.zero_()
+    itself = d[:, :, rows].diagonal(dim1=-2, dim2=-1)
+    if s.masked: itself.zero_()
     if sums is not None: sums[1, groups] += d.sum(-2)
     d.sqrt_()
     if sums is not None: sums[0, groups] += d.sum(-2)
-    itself.fill_(math.inf)
+    if s.masked: itself.fill_(math.inf)
     return d
 
 # %% ../nbs/11_drift.ipynb #c012
@@ -189,13 +189,13 @@ def _combine(s: _Sets, blocks: list, strength: Tensor, normalize: bool, raw: boo
     plain = torch.where(real, plain, 0)
     unit = torch.where(real, share * (D / square).sqrt(), 0) if normalize else plain
     V, total = torch.empty(B, N, D, dtype=s.x.dtype, device=s.x.device), 0
-    def add_up(U, k, out=None):
-        out = torch.mul(U[:, 0], k[:, 0, :, None], out=out)
+    def add_up(out, U, k):
+        torch.mul(U[:, 0], k[:, 0, :, None], out=out)
         for t in range(1, U.shape[1]): out.addcmul_(U[:, t], k[:, t, :, None])
         return out
     for groups, rows, U in blocks:
-        V[groups, rows] = add_up(U, unit[groups, :, rows])
-        if raw: total = total + add_up(U, plain[groups, :, rows]).square().sum()
+        add_up(V[groups, rows], U, unit[groups, :, rows])
+        if raw: total = total + add_up(torch.empty_like(U[:, 0]), U, plain[groups, :, rows]).square_().sum()
     return V, (total / (B * N)).sqrt() if raw else None
 
 # %% ../nbs/11_drift.ipynb #c021
@@ -278,9 +278,10 @@ class _Towards(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: Tensor, value: Tensor, gradient: Tensor) -> Tensor:
         ctx.save_for_backward(gradient)
+        ctx.dtype = x.dtype
         return value.clone()
     @staticmethod
-    def backward(ctx, upstream: Tensor): return upstream * ctx.saved_tensors[0], None, None
+    def backward(ctx, upstream: Tensor): return (upstream * ctx.saved_tensors[0]).to(ctx.dtype), None, None  # a loss scale comes in before half precision could lose small numbers
 
 def drift_loss(x: Tensor,                    # [..., N, D] features of generated (or a student's) samples; the gradient flows here and nowhere else
                y_pos: Tensor,                # [..., P, D] of real samples (or the teacher's) of the same class
@@ -298,7 +299,7 @@ def drift_loss(x: Tensor,                    # [..., N, D] features of generated
         s = _sets(x, y_pos, y_neg, y_uncond, uncond_weight, self_mask, temps, sinkhorn_iters, chunk)
         found = _field(s, temps, sinkhorn_iters, chunk, scaled=True, compiled=compiled)
         V = found.V.view(x.shape)
-        value, gradient = V.square().mean(), (V * (-2 * math.sqrt(V.shape[-1]) / V.numel() / found.scale.clamp(min=1e-30))).to(x.dtype)
+        value, gradient = V.square().mean(), V * (-2 * math.sqrt(V.shape[-1]) / V.numel() / found.scale.clamp(min=1e-30))
     stats = {"drift_norm": found.drift_norm, "feature_dist_mean": found.dist_mean, "feature_dist_var": found.dist_var, "feature_scale": found.scale}
     return _Towards.apply(x, value, gradient), stats
 
