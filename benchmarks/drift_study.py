@@ -9,7 +9,7 @@ import argparse, json, re, sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from drifting_kd.core import LabError, environment, read_json, runs_folder, write_json
+from drifting_kd.core import LabError, read_json, runs_folder, write_json
 from drifting_kd.evaluate import distance_of, read_rows
 from drifting_kd.plots import interval_dots, save_figure, t_interval
 
@@ -21,7 +21,7 @@ def final_row(run: Path) -> dict:
     cfg = read_json(run / "config.json")
     rows = [r for r in read_rows(run / "eval" / "fid_metrics.csv") if r["checkpoint"] == "final_model.pt" and float(r["alpha"]) == (cfg["alpha"] if cfg["alpha_max"] > 1 else 1.)]
     if len(rows) != 1: raise LabError(f"{run.name}: {len(rows)} evaluations of final_model.pt at alpha {cfg['alpha']:g}; expected one")
-    return rows[0] | {"seconds": read_json(run / "metrics.json")["train_cpu_seconds"]}
+    return rows[0] | {"seconds": read_json(run / "metrics.json")["train_cpu_seconds"], "hardware": read_json(run / "environment.json")}
 
 def main(pattern: str, out: str, figure: str) -> None:
     runs = sorted(p for p in runs_folder().glob(pattern) if (p / "metrics.json").exists())
@@ -40,7 +40,7 @@ def main(pattern: str, out: str, figure: str) -> None:
             table[name][key] = dict(mean=float(mean), half=float(half), seeds=values)
         print(f"{name:12} n={len(rows)}  " + "  ".join(f"{k} {table[name][k]['mean']:.3g} ± {table[name][k]['half']:.2g}" for k in MEASURES) + f"  {table[name]['cpu_seconds']:.0f} CPU-s")
     facts = {k: first[k] for k in SAME} | {k: float(first[k]) for k in ("floor", "floor_std", "floor_n", "train_to_test", "baseline_class_gaussians", "baseline_class_means")}
-    write_json(out, dict(what="one-step generators: mean and half of the 95 % t-interval over seeds of the evaluation at the end", pattern=pattern, facts=facts, groups=table, environment=environment()))
+    write_json(out, dict(what="one-step generators: mean and half of the 95 % t-interval over seeds of the evaluation at the end", pattern=pattern, facts=facts, groups=table, environment=first["hardware"]))
     if figure: save_figure(interval_dots({name: t["to_test"]["seeds"] for name, t in table.items()}, f"{distance_of(first)[0]} to test images"), figure)
 
 if __name__ == "__main__":

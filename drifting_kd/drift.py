@@ -4,7 +4,7 @@
 
 # %% ../nbs/11_drift.ipynb #c002
 from __future__ import annotations
-import dataclasses, functools, math, time
+import dataclasses, functools, math, os, time
 from dataclasses import dataclass
 from typing import Iterator, NamedTuple
 import numpy as np
@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from pathlib import Path
 from torch import Tensor, nn
-from .core import LabError, Run, generator, mix, param, run_state, runs_folder, seed_everything, split_words, unknown
+from .core import LabError, Run, _lock, generator, mix, param, runs_folder, seed_everything, split_words, unknown
 from .data import Batches, Dataset, Split, normalize
-from .fid import Extractor, Stats, as_extractor, default_judge, exact_fp32, reference_stats, to_uint8, variance_ratio
+from .fid import Extractor, Stats, as_extractor, default_judge, exact_fp32, prompt_accuracy, reference_stats, to_uint8, variance_ratio
 from .generators import Generator, MaskedAutoencoder, create_generator, create_mae, labels_like, list_generators, masked_error, sample_batches
 from .models import Frozen, frozen, layer_names, pretrained
 from .plots import COLOURS, Picture, _array, _styled, class_grid, save_figure
@@ -404,11 +404,10 @@ def load_encoder(name: str,            # pixels; a run, its name or a checkpoint
                  weights: str = "", size: int = 0, everything: bool = True, device="cpu") -> Encoder:
     "The encoder that is meant."
     if name == "pixels": return Encoder()
-    if Path(name).exists() or (runs_folder() / name).exists(): net = frozen(name, device)
+    if Path(name).exists() or (runs_folder() / name).exists(): net = frozen(name, device, size=size)
     else:
         try: net = pretrained({"dinov2": "vit_small_patch14_dinov2.lvd142m"}.get(name, name), weights, size, device=device)
         except LabError as e: raise LabError(f"encoder={name!r} is no run in {runs_folder()} either: {e}") from None
-    if size: net.size = size
     known, chosen = set(layer_names(net.model)), split_words(layers) or _stages(net.model)
     for layer in chosen:
         if layer not in known: raise unknown(f"layer of {net.name}", layer, known)
@@ -448,23 +447,29 @@ class Reconstruct(Classify):
 # %% ../nbs/11_drift.ipynb #c071
 OWN_ENCODERS = ("mae", "classifier")
 
-def own_encoder(kind: str, # mae or classifier
-                cfg: FitConfig) -> str: # the name of its run
+def own_encoder(kind: str,     # mae or classifier
+                cfg: FitConfig,
+                data: Dataset) -> str: # the name of its run
     "Train an encoder on the training images of a configuration, unless its run is there."
     shared = {k: getattr(cfg, k) for k in ("dataset", "data_root", "image_size", "limit", "val_fraction", "split_seed", "deterministic", "device", "threads")}
     shared |= dict(epochs=cfg.encoder_epochs, eval_every=cfg.encoder_epochs, save_every=cfg.encoder_epochs, tracker="none", resume=True)
     make = MaeConfig if kind == "mae" else functools.partial(TrainConfig, optimizer="adamw", batch_size=128)
-    name = f"{kind}-{cfg.dataset}-{make(**shared).hash()[:8]}"
+    name = f"{kind}-{cfg.dataset}-{make(**shared).hash()[:8]}-{data.sha256[:8]}"  # other images of the same name: another encoder
     own, path = make(**shared, run_name=name), runs_folder() / name
-    while run_state(path) == "running": time.sleep(1)  # another process is at it
-    if not (path / "metrics.json").exists():
+    if (path / "metrics.json").exists(): return name
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1: raise LabError(f"encoder {kind!r} is not trained yet and is trained by one process; start once without accelerate launch, then again with it")
+    runs_folder().mkdir(parents=True, exist_ok=True)
+    while (handle := _lock(runs_folder() / f".{name}.lock")) is None: time.sleep(1)  # another process is at it
+    try:
+        if (path / "metrics.json").exists(): return name
         print(f"first its encoder, once: runs/{name}")
-        data = prepare(own)
+        own_data = prepare(own)
         if kind == "mae":
             seed_everything(own.seed, own.deterministic)
-            task = Reconstruct(create_mae(data.channels, data.image_size), data, own)
-        else: task = Classify(classifier(own, data), data, own)
+            task = Reconstruct(create_mae(data.channels, data.image_size), own_data, own)
+        else: task = Classify(classifier(own, own_data), own_data, own)
         fit(task, own, Run(own, "encoder"))
+    finally: handle.close()
     return name
 
 # %% ../nbs/11_drift.ipynb #c073
@@ -474,7 +479,7 @@ class Reals:
         self.size, self.filled, self.at, self.values = size, [0] * groups, [0] * groups, []
 
     def push(self, values: list[Tensor], # each [B, ...]
-             labels: list[int]) -> None: # of the images, on the host: nothing waits for a GPU
+             labels: list[int]) -> None: # of the images, on the host
         if not self.values: self.values = [v.new_zeros(len(self.filled), self.size, *v.shape[1:]) for v in values]
         slot = {}  # (group, place) -> row; a later image takes the place of an earlier one
         for row, c in enumerate(labels):
@@ -501,8 +506,8 @@ class Reals:
         return self._take(which, chosen - (ends - torch.tensor(self.filled))[which])
 
     def _take(self, which: Tensor, places: Tensor) -> list[Tensor]:
-        device = self.values[0].device
-        return [v[which.to(device), places.to(device)] for v in self.values]
+        rows = (which * self.size + places).to(self.values[0].device, non_blocking=True)  # once for all feature maps
+        return [v.flatten(0, 1)[rows] for v in self.values]
 
     def state(self) -> dict: return dict(filled=list(self.filled), at=list(self.at), values=[v.clone() for v in self.values])
 
@@ -565,7 +570,7 @@ class DriftConfig(FitConfig):
         if not self.temps or any(t <= 0 for t in self.temps): raise LabError(f"temps={self.temps}: expected positive numbers")
         if self.alpha_min > self.alpha_max: raise LabError(f"alpha_min={self.alpha_min:g} is above alpha_max={self.alpha_max:g}")
         if not self.alpha_min <= self.alpha <= self.alpha_max: raise LabError(f"alpha={self.alpha:g}: outside what is trained, {self.alpha_min:g} to {self.alpha_max:g}")
-        if self.method == "joint" and self.alpha_max > 1: raise LabError("method='joint' has no classes to be guided towards; use alpha_max=1, or method='class'")
+        if self.method == "joint": self.alpha_min = self.alpha_max = self.alpha = 1.0  # no classes to be guided towards
         if 0 < self.queue < self.positives: raise LabError(f"queue={self.queue} holds fewer than positives={self.positives}; use at least that, or 0")
 
     def models(self) -> list[str]: return list_generators()
@@ -604,11 +609,25 @@ class Drift(Task):
         if cfg.batch_size // self.per_step < 2: raise LabError(f"batch_size={cfg.batch_size} for {self.per_step} groups: a group needs at least two images that repel each other")
         self.generated = cfg.batch_size // self.per_step
         self.judge = in_training_judge(cfg.judge, data)
-        self.source = own_encoder(cfg.encoder, cfg) if cfg.encoder in OWN_ENCODERS else cfg.encoder
+        if (data.train.flip or data.train.crop_padding) and not cfg.queue: raise LabError("flip and crop_padding need fresh images: use queue=128 or so, or flip='off' and crop_padding=0")
+        self._check_counts()
+        self.source = own_encoder(cfg.encoder, cfg, data) if cfg.encoder in OWN_ENCODERS else cfg.encoder
+        if self.source != "pixels": load_encoder(self.source, cfg.encoder_layers, cfg.encoder_weights, cfg.encoder_size, cfg.multi_scale)  # refused before anything is written
+        self.epoch_sums, self.epoch_count = torch.zeros(2), 0
         if self.judge: self.monitor = (f"eval/{self.judge.column}", "min")
+
+    def _check_counts(self) -> None:
+        "Enough real images in each class?"
+        cfg, train = self.cfg, self.data.train
+        counts = torch.bincount(train.labels) if self.model.num_classes else torch.tensor([len(train)])
+        c, least = int(counts.argmin()), int(counts.min())
+        if least < cfg.positives: raise LabError(f"positives={cfg.positives}, but class {self.data.classes[c] if self.model.num_classes else 'of all'} has {least} training images; use at most that")
+        kept = int(counts.clamp(max=cfg.queue or len(train)).sum())
+        if cfg.guided and self.per_step * cfg.unconditional > kept: raise LabError(f"unconditional={cfg.unconditional} for {self.per_step} groups, but {kept} real images are kept; use at most {kept // self.per_step}")
 
     def setup(self, device, rank: int = 0, world: int = 1) -> None:
         super().setup(device, rank, world)
+        self.epoch_sums = self.epoch_sums.to(device)
         if self.per_step % world: raise LabError(f"{self.per_step} groups do not divide among {world} processes; set groups to a multiple")
         cfg, train = self.cfg, self.data.train
         self.judge = in_training_judge(cfg.judge, self.data, device)
@@ -622,8 +641,6 @@ class Drift(Task):
             for c in range(self.classes): rank_in_class[order[labels[order] == c]] = torch.arange(int(counts[c]))
             order = order[rank_in_class[order] < self.reals.size]
         for rows in order.split(512): self.push(rows)
-        for c in range(self.classes):
-            if self.reals.filled[c] < cfg.positives: raise LabError(f"positives={cfg.positives}, but class {self.data.classes[c] if self.model.num_classes else 'of all'} has {self.reals.filled[c]} training images; use at most that")
 
 # %% ../nbs/11_drift.ipynb #c083
 @patch
@@ -666,7 +683,11 @@ def loss(self: Drift, batch: Draw, step: int):
             part, found = drift_loss(by_location(f.unflatten(0, (G, N))), by_location(p), temps=cfg.temps, y_uncond=by_location(u), uncond_weight=weight,
                                      sinkhorn_iters=cfg.sinkhorn_iters, chunk=cfg.chunk, compiled=cfg.compile)
             total, stats = total + part, [*stats, found]
-    return total, {f"train/{k}": torch.stack([s[k] for s in stats]).mean() for k in ("drift_norm", "feature_dist_mean", "feature_dist_var")}
+    found = {k: torch.stack([s[k] for s in stats]).mean() for k in ("drift_norm", "feature_dist_mean", "feature_dist_var")}
+    first = batch.number % cfg.batches(len(self.data.train)) == 0
+    self.epoch_sums = torch.stack([total.detach(), found["drift_norm"]]) + (0 if first else self.epoch_sums)
+    self.epoch_count = 1 if first else self.epoch_count + 1
+    return total, {f"train/{k}": v for k, v in found.items()}
 
 @patch
 def fresh(self: Drift, number: int) -> Tensor:
@@ -680,10 +701,18 @@ def fresh(self: Drift, number: int) -> Tensor:
 def after_step(self: Drift, step: int) -> None: self.steps_done = step + 1
 
 @patch
-def state(self: Drift) -> dict: return dict(reals=self.reals.state()) if self.cfg.queue else {}
+def summary(self: Drift) -> dict:
+    "Means over the epoch so far, and the judge of the distances."
+    loss, norm = (self.epoch_sums / max(1, self.epoch_count)).tolist()
+    judged = dict(judge=self.judge.name, judge_sha256=self.judge.sha256, num_samples=self.cfg.eval_samples) if self.judge else {}
+    return {"train/avg_loss": loss, "train/avg_drift_norm": norm, "train/num_batches": self.epoch_count} | judged
+
+@patch
+def state(self: Drift) -> dict: return dict(epoch=(self.epoch_sums.cpu(), self.epoch_count)) | (dict(reals=self.reals.state()) if self.cfg.queue else {})
 
 @patch
 def load_state(self: Drift, state: dict) -> None:
+    self.epoch_sums, self.epoch_count = state["epoch"][0].to(self.device), state["epoch"][1]
     if self.cfg.queue: self.reals.load_state(state["reals"])
 
 # %% ../nbs/11_drift.ipynb #c085
@@ -697,10 +726,10 @@ def in_training_judge(name: str, data: Dataset, device="cpu") -> Extractor | Non
     raise LabError(f"judge {judge.name} sees images of {judge.size} pixels, the data have {data.image_size}; train one with evaluators.ipynb, or use judge='none'")
 
 @patch
-def sample(self: Drift, model: Generator, labels: Tensor, seed: int) -> Tensor:
+def sample(self: Drift, model: Generator, labels: Tensor, seed: int, alpha: float = 0.0) -> Tensor: # alpha 0: the configured one
     "Images `[N, H, W, C]` of labels, as bytes."
     known = labels if model.num_classes else None
-    return torch.cat([to_uint8(x.float(), "signed").cpu() for x in sample_batches(model, known, len(labels), self.cfg.alpha, seed)])
+    return torch.cat([to_uint8(x.float(), "signed").cpu() for x in sample_batches(model, known, len(labels), alpha or self.cfg.alpha, seed)])
 
 @patch
 def evaluate(self: Drift, model: Generator, split: str) -> dict:
@@ -712,8 +741,8 @@ def evaluate(self: Drift, model: Generator, split: str) -> dict:
     known = self.reference(split)
     found = {self.judge.column: known.distance(Stats.of(features, self.judge))}
     if model.num_classes:
-        if self.judge.head is not None: found["prompt_accuracy"] = float((self.judge.head(features).argmax(1).cpu() == labels).float().mean())
-        found["variance_ratio"] = variance_ratio(known.features, real.labels, features, labels)[0]
+        if self.judge.head is not None: found["prompt_accuracy"] = prompt_accuracy(self.judge, features, labels)
+        if min(int(torch.bincount(v, minlength=model.num_classes).min()) for v in (labels, real.labels)) > 1: found["variance_ratio"] = variance_ratio(known.features, real.labels, features, labels)[0]
     return {f"{'eval' if split == 'val' else split}/{k}": v for k, v in found.items()}
 
 @patch

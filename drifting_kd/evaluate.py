@@ -4,7 +4,7 @@
 
 # %% ../nbs/14_evaluate.ipynb #c002
 from __future__ import annotations
-import contextlib, csv, datetime, hashlib, itertools, math, os, re, shutil, sys, time, types, warnings
+import functools, contextlib, csv, datetime, hashlib, itertools, math, os, re, shutil, sys, time, types, warnings
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Callable, Iterator
@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from .core import (LabError, Parameters, Run, _lock, atomic_write, choose_device, environment, environ, generator, import_torchvision, list_runs, need, param, plain, project_root, read_json, run_state, runs_folder,
                               seed_everything, split_words, unknown, write_json)
 from .data import Dataset, Split, load_dataset, splits_hash
-from .fid import (MODES, Extractor, Moments, Score, Stats, as_extractor, bicubic, class_gaussians, class_means, _holds_stats, default_judge, exact_fp32, fd_infinity, feature_diversity, fid, kid, load_stats, nearest,
-                             nearest_ratio, prdc, reference_stats, to_rgb, to_uint8, variance_ratio)
+from .fid import (Extractor, MODES, Moments, Score, Stats, _holds_stats, as_extractor, bicubic, class_gaussians, class_means, default_judge, exact_fp32, fd_infinity, feature_diversity, fid, kid, load_stats,
+                             nearest, nearest_ratio, prdc, prompt_accuracy, reference_stats, slug, to_rgb, to_uint8, variance_ratio)
 from .generators import check_alpha, labels_like, sample_batches
 from .models import checkpoint_model, count_parameters, load_checkpoint, model_name, rebuild, weights_sha256
 from .plots import COLOURS, Picture, _label_ends, _styled, as_pixels, class_grid, distance_dots, image_grid, save_figure
@@ -27,11 +27,10 @@ from .train import use_threads
 __all__ = ['MEASURES', 'KEPT', 'LPIPS_TRUNKS', 'CLIP_MEAN', 'CLIP_STD', 'PRDC_IMAGES', 'HEAD', 'MIDDLE', 'CONTEXT', 'SETTINGS',
            'NETWORKS', 'EvaluateConfig', 'makes_images', 'find_checkpoints', 'home_of', 'Subject', 'open_subject',
            'used_alpha', 'check_fits', 'gather_moments', 'Sampled', 'sample_stats', 'Reference', 'reference_of',
-           'baselines', 'prompt_accuracy', 'sample_diversity', 'lpips_network', 'lpips_diversity', 'load_clip',
-           'clip_score', 'slug', 'class_captions', 'scores', 'read_rows', 'same_settings', 'find_row', 'write_row',
-           'distance_of', 'best_row', 'distance_vs_step', 'score_table', 'neighbours_grid', 'pass_for_real',
-           'baseline_dots', 'guidance_curves', 'Evaluation', 'Evaluator', 'preview', 'evaluate', 'judge_for',
-           'stats_of']
+           'baselines', 'sample_diversity', 'lpips_network', 'lpips_diversity', 'load_clip', 'clip_score',
+           'class_captions', 'scores', 'read_rows', 'same_settings', 'find_row', 'write_row', 'distance_of', 'best_row',
+           'distance_vs_step', 'score_table', 'neighbours_grid', 'pass_for_real', 'baseline_dots', 'guidance_curves',
+           'Evaluation', 'Evaluator', 'preview', 'evaluate', 'judge_for', 'stats_of']
 
 # %% ../nbs/14_evaluate.ipynb #c005
 MEASURES = ("kid", "prdc", "infinity", "clip", "lpips")
@@ -260,6 +259,12 @@ class Reference:
     path: Path                                  # of the facts below, a .json
     facts: dict = field(default_factory=dict)   # floors and baselines by number of samples
 
+    def by_class(self, split: str) -> Stats:
+        "A split's statistics with labels, for a floor whose parts have equal shares of classes."
+        kept = self.__dict__.setdefault("labelled", {})
+        if split not in kept: kept[split] = replace(getattr(self, split), labels=getattr(self.data, split).labels)
+        return kept[split]
+
     def remember(self, key: str, compute: Callable):
         "A fact, computed once."
         if key not in self.facts:
@@ -295,14 +300,6 @@ def baselines(ref: Reference, real: Stats, labels: Tensor, seed: int) -> dict:
     return dict(class_means=real.distance(Stats.of(means, ref.judge)), class_gaussians=real.distance(Stats.from_moments(m, ref.judge)))
 
 # %% ../nbs/14_evaluate.ipynb #c025
-def prompt_accuracy(judge: Extractor, seen: Tensor, labels: Tensor) -> float: # seen: features [N, D], or images
-    "The share of images that the judge's head reads as their labels."
-    if judge.head is None: raise LabError(f"{judge.name} has no classes, so there is no prompt accuracy; use a classifier as extractor")
-    features = seen if seen.ndim == 2 and seen.is_floating_point() else judge(seen)
-    with torch.inference_mode(): logits = torch.cat([judge.head(part.to(judge.device)) for part in features.split(4096)])
-    if logits.shape[1] <= int(labels.max()): raise LabError(f"{judge.name} knows {logits.shape[1]} classes, but there is a label {int(labels.max())}; use a judge of this data set")
-    return (logits.argmax(1).cpu() == labels.cpu()).double().mean().item()
-
 def _pairs(labels: Tensor | None, n: int, pairs: int, seed: int) -> Tensor:
     "[pairs, 2] numbers of two different images, of one class where there are classes."
     labels = torch.zeros(n, dtype=torch.long) if labels is None else labels.cpu()
@@ -388,10 +385,6 @@ def clip_score(images, captions: list[str], model="openai/clip-vit-base-patch32"
 # %% ../nbs/14_evaluate.ipynb #c030
 PRDC_IMAGES = 10_000  # of each side, as the papers have it: the cost grows with their product
 
-def slug(metric: str) -> str:
-    "`digits-FD` as a column: digits_fd."
-    return re.sub(r"\W+", "_", metric.lower())
-
 def class_captions(classes: list, labels: Tensor) -> list[str]: return [f"a photo of {classes[c]}" for c in labels.tolist()]
 
 class _Notes(list):
@@ -422,7 +415,7 @@ def scores(s: Sampled, ref: Reference, cfg: EvaluateConfig, words: list = (), re
     "Everything that is measured of a checkpoint's samples: numbers by column, the distance with its floor, and remarks."
     judge, fake, features, notes = ref.judge, s.stats, s.stats.features.to(s.stats.mu.device), _Notes()
     real, key = (getattr(ref, cfg.dataset_split), f"{cfg.dataset_split} {fake.n} {cfg.seed}") if real is None else (real, "")
-    if key and s.labels is not None: real, key = replace(real, labels=getattr(ref.data, cfg.dataset_split).labels), f"{key} by class"  # the samples have the data's shares of classes
+    if key and s.labels is not None: real, key = ref.by_class(cfg.dataset_split), f"{key} by class"  # the samples have the data's shares of classes
     keep = ref.remember if key else lambda name, compute: compute()
     if key in ref.facts.get("floors", {}): real.floors[("fd", min(fake.n, len(real.features) // 2), cfg.seed, 3, real.labels is not None)] = tuple(ref.facts["floors"][key])
     score = fid(real, fake, judge, seed=cfg.seed)
@@ -433,10 +426,11 @@ def scores(s: Sampled, ref: Reference, cfg: EvaluateConfig, words: list = (), re
              "to_train": ref.train.distance(fake), "to_test": ref.test.distance(fake), "train_to_test": ref.train.distance(ref.test), "nearest_ratio": notes.attempt(lambda: nearest_ratio(features, ref.train.features, ref.test.features))}
     found |= _measured_beside(words, real, s, ref, cfg, notes, networks)
     found |= dict(sample_diversity=notes.attempt(lambda: sample_diversity(s.images, None if s.labels is None else s.labels[:len(s.images)])), feature_diversity=notes.attempt(lambda: feature_diversity(features, s.labels)))
+    labels = s.labels if s.labels is not None else labels_like(getattr(ref.data, cfg.dataset_split).labels, fake.n, cfg.seed)
+    found |= {f"baseline_{k}": v for k, v in notes.attempt(lambda: keep(f"baselines {key}", lambda: baselines(ref, real, labels, cfg.seed)), {}).items()}
     if s.labels is not None:
         if judge.head is not None: found["prompt_accuracy"] = notes.attempt(lambda: prompt_accuracy(judge, features, s.labels))
         found["variance_ratio"] = notes.attempt(lambda: variance_ratio(ref.train.features, ref.data.train.labels, features, s.labels)[0])
-        found |= {f"baseline_{k}": v for k, v in notes.attempt(lambda: keep(f"baselines {key}", lambda: baselines(ref, real, s.labels, cfg.seed)), {}).items()}
     return found, score, [*score.warnings, *notes]
 
 # %% ../nbs/14_evaluate.ipynb #c033
@@ -606,7 +600,7 @@ def pass_for_real(row: dict) -> "pd.DataFrame":
             ("variance within classes, of that of real images", _float(row, "variance_ratio"), "at least .85", lambda v: v >= .85),
             ("distance to the nearest training image, of that of test images", _float(row, "nearest_ratio"), "at least .85", lambda v: v >= .85),
             ("distance to training images", _float(row, "to_train"), f"below {gaussian:.3g}, a Gaussian of each class", lambda v: v < gaussian)]
-    known = [(name, value, wanted, "not measured" if math.isnan(value) else "yes" if good(value) else "no") for name, value, wanted, good in rows]
+    known = [(name, value, wanted, "not measured" if math.isnan(value) or "nan" in wanted else "yes" if good(value) else "no") for name, value, wanted, good in rows]
     return pd.DataFrame([(n, f"{v:.3g}", w, ok) for n, v, w, ok in known], columns=["measure", "samples", "wanted", "reached"]).set_index("measure")
 
 def baseline_dots(row: dict) -> Figure:
@@ -628,8 +622,7 @@ def guidance_curves(rows: list[dict]) -> Figure: # of one checkpoint at several 
         ax.plot(alpha, [_float(r, key) for r in rows], marker="o", color=COLOURS[i])
         ax.set(xlabel="guidance strength alpha", ylabel=words)
         ax.margins(.08)
-    best = min(rows, key=lambda r: _float(r, "to_test"))
-    fig.suptitle(f"Nearest to test images at alpha {_float(best, 'alpha'):g}; every strength costs one pass")
+    fig.suptitle("More guidance: clearer classes, less variety within them; every strength costs one pass")
     return fig
 
 # %% ../nbs/14_evaluate.ipynb #c050
@@ -645,7 +638,7 @@ class Evaluation:
     def best(self) -> dict | None: return best_row(self.rows)
 
 class Evaluator:
-    "A configuration, checked and loaded; `run` does the work."
+    "A configuration, checked and loaded; `evaluate` does the work."
     def __init__(self, cfg: EvaluateConfig):
         self.cfg, self.device = cfg, choose_device(cfg.device)
         self.rank, self.world = _join(self.device.type == "cpu")
@@ -674,6 +667,11 @@ class Evaluator:
         self.real = load_stats(cfg.reference, self.judge) if cfg.reference else None
         words = split_words(cfg.metrics)
         self.networks = {k: load() for k, load in dict(lpips=lambda: lpips_network("alex", self.device), clip=lambda: load_clip(cfg.clip_model, self.device)).items() if k in words}
+
+    @functools.cached_property
+    def reference(self) -> Reference:
+        "Once for all checkpoints."
+        return reference_of(self.data, self.judge)
 
     def settings(self, subject: Subject) -> dict:
         "What the numbers of a checkpoint depend on."
@@ -740,11 +738,10 @@ def _one(e: Evaluator, subject: Subject, row: dict, words: list, artifact: Path,
     "Sample, score and write down one checkpoint."
     cfg, began = e.cfg, time.perf_counter()
     labels = labels_like(getattr(e.data, cfg.dataset_split).labels, cfg.num_samples, cfg.seed) if subject.model.num_classes else None
-    if cfg.save_images and not (artifact / ".state").exists(): shutil.rmtree(artifact / "generated", ignore_errors=True)
     see = _write_png(artifact / "generated") if cfg.save_images else None
     s = sample_stats(subject.model, e.judge, labels, cfg.num_samples, row["alpha"], cfg.seed, cfg.batch_size, artifact / ".state", cfg.save_every, see, (e.rank, e.world))
     if e.rank: return {}
-    ref, sampled_at = reference_of(e.data, e.judge), time.perf_counter()
+    ref, sampled_at = e.reference, time.perf_counter()
     found, score, remarks = scores(s, ref, cfg, words, e.real, e.networks)
     seconds = dict(sampling=s.seconds, scoring=time.perf_counter() - sampled_at)
     row = row | found | dict(eval_seconds=sum(seconds.values()), metrics=" ".join([*words, *(w for w, column in NETWORKS.items() if column in row and w not in words)]), artifact=artifact.name)
@@ -777,6 +774,7 @@ def _plan(e: Evaluator, subject: Subject, row: dict) -> tuple:
     row |= {column: old[column] for word, column in NETWORKS.items() if word in before and word not in words}
     artifact = _claim(e.folder, f"{subject.path.stem}_step{subject.step}", e.settings(subject))
     handle = _lock(artifact / ".lock")
+    if handle and e.cfg.save_images and not (artifact / ".state").exists(): shutil.rmtree(artifact / "generated", ignore_errors=True)  # before any process writes there
     return ("" if handle else "another process is at it"), words, artifact, handle
 
 # %% ../nbs/14_evaluate.ipynb #c053

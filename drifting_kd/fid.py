@@ -21,8 +21,9 @@ __all__ = ['SCALES', 'MODES', 'SIDE', 'SHIPPED', 'STANDS_IN', 'WEIGHTS', 'EXTENS
            'bicubic_weights', 'bicubic', 'resize_for', 'Moments', 'covariance_half', 'frechet_distance', 'Stats',
            'load_stats', 'Kid', 'mmd', 'kernel_distance', 'Infinity', 'fd_infinity', 'Prdc', 'nearest', 'prdc',
            'variance_ratio', 'class_means', 'class_gaussians', 'nearest_ratio', 'feature_diversity', 'exact_fp32',
-           'Extractor', 'random_extractor', 'judge', 'shipped_judges', 'shipped', 'default_judge', 'read_weights',
-           'inception', 'vit', 'images_of', 'as_extractor', 'reference_stats', 'Score', 'fid', 'kid']
+           'slug', 'Extractor', 'random_extractor', 'prompt_accuracy', 'judge', 'shipped_judges', 'shipped',
+           'default_judge', 'read_weights', 'inception', 'vit', 'images_of', 'as_extractor', 'reference_stats', 'Score',
+           'fid', 'kid']
 
 # %% ../nbs/06_fid.ipynb #c005
 SCALES = ("", "signed", "unit")  # of floats: "" looks whether any is negative
@@ -432,6 +433,10 @@ def exact_fp32(device):
         torch.set_float32_matmul_precision(matmul)
 
 # %% ../nbs/06_fid.ipynb #c047
+def slug(metric: str) -> str:
+    "`digits-FD` as a column: digits_fd."
+    return re.sub(r"\W+", "_", metric.lower())
+
 @dataclass
 class Extractor:
     "A judge: images in, fp32 features out."
@@ -448,7 +453,7 @@ class Extractor:
     @property
     def metric(self) -> str: return "FID" if self.name == "inception" else f"{self.name}-FD"
     @property
-    def column(self) -> str: return re.sub(r"\W+", "_", self.metric.lower())  # of a table: fid, digits_fd
+    def column(self) -> str: return slug(self.metric)
 
     def __call__(self, images) -> Tensor:
         x = to_uint8(images)
@@ -477,6 +482,14 @@ def random_extractor(dims: int = 32, mode: str = "", channels: int = 3, seed: in
 SHIPPED = Path(str(importlib.resources.files("drifting_kd"))) / "weights" # the package's own judges
 
 def _shipped_rows(folder: Path = SHIPPED) -> dict: return read_json(folder / "judges.json")["judges"] if (folder / "judges.json").exists() else {}
+
+def prompt_accuracy(judge: Extractor, seen: Tensor, labels: Tensor) -> float: # seen: features [N, D], or images
+    "The share of images that the judge's head reads as their labels."
+    if judge.head is None: raise LabError(f"{judge.name} has no classes, so there is no prompt accuracy; use a classifier as extractor")
+    features = seen if seen.ndim == 2 and seen.is_floating_point() else judge(seen)
+    with torch.inference_mode(): logits = torch.cat([judge.head(part.to(judge.device)) for part in features.split(4096)])
+    if logits.shape[1] <= int(labels.max()): raise LabError(f"{judge.name} knows {logits.shape[1]} classes, but there is a label {int(labels.max())}; use a judge of this data set")
+    return (logits.argmax(1).cpu() == labels.cpu()).double().mean().item()
 
 def judge(source, device="cpu") -> Extractor: # what `models.frozen` makes or takes: a run, its name, a checkpoint file
     "The features before the head of a frozen classifier; it bears a shipped judge's name only if it is that judge."

@@ -14,7 +14,7 @@ from torch import Tensor
 from .analysis import CORRUPTIONS, corrupt
 from .core import LabError, Run, atomic_write, environment, generator, param, plain, read_json, write_json
 from .data import Dataset, permutation
-from .fid import SHIPPED, Extractor, Stats, class_gaussians, class_means, variance_ratio
+from .fid import SHIPPED, Extractor, Stats, class_gaussians, class_means, prompt_accuracy, variance_ratio
 from .models import CHECKPOINT_KEYS, load_checkpoint
 from .plots import COLOURS, Picture, _styled
 from .train import TrainConfig
@@ -133,7 +133,7 @@ def study(judge: Extractor, data: Dataset,
 def judged(judge: Extractor, data: Dataset, images: Tensor, labels: Tensor, real: Stats) -> dict:
     "Distance, class agreement and within-class variance ratio of labelled images."
     features = judge(images)
-    return dict(distance=Stats.of(features, judge).distance(real), agreement=(judge.head(features).argmax(1) == labels.to(features.device)).double().mean().item(), variance_ratio=variance_ratio(real.features, data.train.labels, features, labels)[0])
+    return dict(distance=Stats.of(features, judge).distance(real), agreement=prompt_accuracy(judge, features, labels), variance_ratio=variance_ratio(real.features, data.train.labels, features, labels)[0])
 
 def rises(found: dict) -> dict:
     "kind -> whether the mean distance rises with every step that shows, and the last one shows; what adds less than half a floor does not."

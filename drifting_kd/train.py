@@ -188,6 +188,9 @@ class Task:
     def facts(self) -> dict:
         "What somebody who uses the weights later must know: normalisation, classes."
         return {}
+    def summary(self) -> dict:
+        "Numbers and names of its own, for checkpoints and the run's summary."
+        return {}
     def state(self) -> dict:
         "What continues exactly: queues, second networks, their optimisers. Called on every rank, saved by the first; it may gather."
         return {}
@@ -510,7 +513,7 @@ def checkpoint(self: Loop) -> dict:
     loop = dict(sums=self.sums, squares=self.squares, count=self.count, best=self.best, since_best=self.since_best, seconds=self.elapsed(), scaler=self.scaler.state_dict())
     return dict(model=self.model.state_dict(), ema=self.ema.model.state_dict() if self.ema else None, optimizer=self.optimizer.state_dict(), task=self.task.facts() | {"state": self.task.state()},
                 rng=random_state(), config=plain(self.cfg), factory=spec["factory"], kwargs=spec["kwargs"], step=self.step, epoch=self.step // self.steps_per_epoch,
-                metrics=plain(self.last_metrics), loop=loop)
+                metrics=plain(self.last_metrics | self.task.summary()), loop=loop)
 
 @patch
 def save(self: Loop) -> None:
@@ -608,6 +611,7 @@ def finish(self: Loop) -> dict:
     if self.best: summary |= {f"{self.task.monitor[0].replace('/', '/best_', 1)}": self.best["value"], "best_step": self.best["step"], "best_epoch": self.best["step"] / self.steps_per_epoch}
     summary |= dict(steps=self.step, epochs=self.step / self.steps_per_epoch, train_seconds=self.elapsed()[0], train_cpu_seconds=self.elapsed()[1], stopped_early=self.step < self.total, processes=self.world, model_name=getattr(cfg, "model", ""),
                     parameters=sum(p.numel() for p in self.model.parameters()), checkpoint_path=f"checkpoints/{'best' if self.best else 'last'}.pt")
+    summary |= self.task.summary()
     content = self.checkpoint()
     if self.rank == 0:
         save_checkpoint(run.path / "final_model.pt", content | dict(model=self.inference_model.state_dict(), ema=None, optimizer=None, task=self.task.facts()))
