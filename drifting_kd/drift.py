@@ -616,33 +616,36 @@ class Drift(Task):
         self.epoch_sums, self.epoch_count = torch.zeros(2), 0
         if self.judge: self.monitor = (f"eval/{self.judge.column}", "min")
 
-    def _check_counts(self) -> None:
-        "Enough real images in each class?"
-        cfg, train = self.cfg, self.data.train
-        counts = torch.bincount(train.labels) if self.model.num_classes else torch.tensor([len(train)])
-        c, least = int(counts.argmin()), int(counts.min())
-        if least < cfg.positives: raise LabError(f"positives={cfg.positives}, but class {self.data.classes[c] if self.model.num_classes else 'of all'} has {least} training images; use at most that")
-        kept = int(counts.clamp(max=cfg.queue or len(train)).sum())
-        if cfg.guided and self.per_step * cfg.unconditional > kept: raise LabError(f"unconditional={cfg.unconditional} for {self.per_step} groups, but {kept} real images are kept; use at most {kept // self.per_step}")
-
-    def setup(self, device, rank: int = 0, world: int = 1) -> None:
-        super().setup(device, rank, world)
-        self.epoch_sums = self.epoch_sums.to(device)
-        if self.per_step % world: raise LabError(f"{self.per_step} groups do not divide among {world} processes; set groups to a multiple")
-        cfg, train = self.cfg, self.data.train
-        self.judge = in_training_judge(cfg.judge, self.data, device)
-        self.encoder = load_encoder(self.source, cfg.encoder_layers, cfg.encoder_weights, cfg.encoder_size, cfg.multi_scale, device)
-        labels = train.labels if self.model.num_classes else torch.zeros_like(train.labels)
-        counts = torch.bincount(labels, minlength=self.classes)
-        self.reals = Reals(self.classes, min(cfg.queue, int(counts.max())) if cfg.queue else int(counts.max()))
-        order = torch.randperm(len(labels), generator=generator(cfg.seed, _FRESH, 0))
-        if cfg.queue:  # the first of each class, in that order
-            rank_in_class = torch.zeros_like(labels)
-            for c in range(self.classes): rank_in_class[order[labels[order] == c]] = torch.arange(int(counts[c]))
-            order = order[rank_in_class[order] < self.reals.size]
-        for rows in order.split(512): self.push(rows)
-
 # %% ../nbs/11_drift.ipynb #c083
+@patch
+def _check_counts(self: Drift) -> None:
+    "Enough real images in each class?"
+    cfg, train = self.cfg, self.data.train
+    counts = torch.bincount(train.labels) if self.model.num_classes else torch.tensor([len(train)])
+    c, least = int(counts.argmin()), int(counts.min())
+    if least < cfg.positives: raise LabError(f"positives={cfg.positives}, but class {self.data.classes[c] if self.model.num_classes else 'of all'} has {least} training images; use at most that")
+    kept = int(counts.clamp(max=cfg.queue or len(train)).sum())
+    if cfg.guided and self.per_step * cfg.unconditional > kept: raise LabError(f"unconditional={cfg.unconditional} for {self.per_step} groups, but {kept} real images are kept; use at most {kept // self.per_step}")
+
+@patch
+def setup(self: Drift, device, rank: int = 0, world: int = 1) -> None:
+    Task.setup(self, device, rank, world)
+    self.epoch_sums = self.epoch_sums.to(device)
+    if self.per_step % world: raise LabError(f"{self.per_step} groups do not divide among {world} processes; set groups to a multiple")
+    cfg, train = self.cfg, self.data.train
+    self.judge = in_training_judge(cfg.judge, self.data, device)
+    self.encoder = load_encoder(self.source, cfg.encoder_layers, cfg.encoder_weights, cfg.encoder_size, cfg.multi_scale, device)
+    labels = train.labels if self.model.num_classes else torch.zeros_like(train.labels)
+    counts = torch.bincount(labels, minlength=self.classes)
+    self.reals = Reals(self.classes, min(cfg.queue, int(counts.max())) if cfg.queue else int(counts.max()))
+    order = torch.randperm(len(labels), generator=generator(cfg.seed, _FRESH, 0))
+    if cfg.queue:  # the first of each class, in that order
+        rank_in_class = torch.zeros_like(labels)
+        for c in range(self.classes): rank_in_class[order[labels[order] == c]] = torch.arange(int(counts[c]))
+        order = order[rank_in_class[order] < self.reals.size]
+    for rows in order.split(512): self.push(rows)
+
+# %% ../nbs/11_drift.ipynb #c084
 @patch
 @torch.no_grad()
 def push(self: Drift, rows: Tensor, number: int = 0) -> None:
@@ -666,7 +669,7 @@ def draw(self: Drift, number: int) -> Draw:
     noise = noise.view(self.per_step, self.generated, *self.model.noise_shape)[mine].flatten(0, 1)
     return Draw(noise.to(self.device), groups[mine].repeat_interleave(self.generated).to(self.device), alpha[mine].to(self.device), groups[mine].tolist(), number)
 
-# %% ../nbs/11_drift.ipynb #c084
+# %% ../nbs/11_drift.ipynb #c085
 @patch
 def loss(self: Drift, batch: Draw, step: int):
     cfg, G, N = self.cfg, len(batch.groups), self.generated
@@ -715,7 +718,7 @@ def load_state(self: Drift, state: dict) -> None:
     self.epoch_sums, self.epoch_count = state["epoch"][0].to(self.device), state["epoch"][1]
     if self.cfg.queue: self.reals.load_state(state["reals"])
 
-# %% ../nbs/11_drift.ipynb #c085
+# %% ../nbs/11_drift.ipynb #c086
 def in_training_judge(name: str, data: Dataset, device="cpu") -> Extractor | None:
     "The judge of a configuration; none where the data set has no own of this size and none is named."
     own = default_judge(data.name)

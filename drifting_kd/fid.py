@@ -491,6 +491,7 @@ def prompt_accuracy(judge: Extractor, seen: Tensor, labels: Tensor) -> float: # 
     if logits.shape[1] <= int(labels.max()): raise LabError(f"{judge.name} knows {logits.shape[1]} classes, but there is a label {int(labels.max())}; use a judge of this data set")
     return (logits.argmax(1).cpu() == labels.cpu()).double().mean().item()
 
+# %% ../nbs/06_fid.ipynb #c048
 def judge(source, device="cpu") -> Extractor: # what `models.frozen` makes or takes: a run, its name, a checkpoint file
     "The features before the head of a frozen classifier; it bears a shipped judge's name only if it is that judge."
     if not isinstance(source, Frozen): source = frozen(source, device)
@@ -500,7 +501,7 @@ def judge(source, device="cpu") -> Extractor: # what `models.frozen` makes or ta
     named = _shipped_rows().get(source.name, {}).get("sha256", source.sha256) == source.sha256
     return Extractor(source.name if named else f"{source.name}-{source.sha256[:8]}", head.in_features, source.sha256, source.features, "", len(source.mean), source.image_size or 0, source.device, head)
 
-# %% ../nbs/06_fid.ipynb #c050
+# %% ../nbs/06_fid.ipynb #c051
 STANDS_IN = {"cifar": "cifar10_jpeg", "cifar10": "cifar10_jpeg"} # data set -> judge trained on others
 
 def shipped_judges(folder: Path = SHIPPED) -> list[str]:
@@ -521,7 +522,7 @@ def default_judge(dataset: str) -> str:
     name = STANDS_IN.get(dataset, dataset)
     return name if name in shipped_judges() else "inception"
 
-# %% ../nbs/06_fid.ipynb #c053
+# %% ../nbs/06_fid.ipynb #c054
 WEIGHTS = { # file -> (address, sha256)
     "inception-2015-12-05.pt": ("https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/inception-2015-12-05.pt", "f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4"),
     "pt_inception-2015-12-05-6726825d.pth": ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth", "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2")}
@@ -552,7 +553,7 @@ def read_weights(name: str,            # a key of WEIGHTS
     with atomic_write(target) as f: f.write(content)
     return content
 
-# %% ../nbs/06_fid.ipynb #c054
+# %% ../nbs/06_fid.ipynb #c055
 def _pytorch_inception(content: bytes) -> nn.Module:
     "clean-fid's legacy network, filled from bytes that are already checked."
     import_torchvision()
@@ -580,7 +581,7 @@ def inception(mode: str = "clean",       # clean, legacy_tensorflow, legacy_pyto
         net = (lambda x: base(resize_for(x, mode), return_features=True)) if mode == "legacy_tensorflow" else (lambda x: base.layers((resize_for(x, mode) - 128) / 128).flatten(1))
     return Extractor("inception", 2048, hashlib.sha256(content).hexdigest(), net, mode, device=device)
 
-# %% ../nbs/06_fid.ipynb #c062
+# %% ../nbs/06_fid.ipynb #c063
 def vit(model: str = "vit_small_patch14_dinov2.lvd142m", # DINOv2; any vision transformer of timm
         weights: str | Path = "",  # a file of them; "" is timm's cache or a download
         size: int = 224,           # images are resized to (bicubic)
@@ -599,7 +600,7 @@ def vit(model: str = "vit_small_patch14_dinov2.lvd142m", # DINOv2; any vision tr
     digest = weights_sha256(net, tuple(net.pretrained_cfg["mean"]), tuple(net.pretrained_cfg["std"]))
     return Extractor(model.split(".")[0], net.num_features, digest, lambda x: net((bicubic(x, size) / 255 - mean) / std), "", device=device)
 
-# %% ../nbs/06_fid.ipynb #c065
+# %% ../nbs/06_fid.ipynb #c066
 EXTENSIONS = {".bmp", ".jpg", ".jpeg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 KEYS = ("x", "images", "arr_0")  # of a .npz
 
@@ -649,7 +650,7 @@ def _open(source, scale: str) -> tuple[int, Callable]:
     if whole.is_floating_point() and not scale and len(whole): scale = "signed" if whole.min() < 0 else "unit"  # for all of it, not batch by batch
     return len(whole), lambda rows: to_uint8(whole[torch.as_tensor(rows, device=whole.device)], scale)
 
-# %% ../nbs/06_fid.ipynb #c066
+# %% ../nbs/06_fid.ipynb #c067
 def images_of(source,               # tensor, array, Split, folder, .zip, .npz, .npy, or f(n, generator) -> images
               n: int = 0,           # how many; 0 is all (a sampler needs a number)
               batch_size: int = 256,
@@ -671,7 +672,7 @@ def images_of(source,               # tensor, array, Split, folder, .zip, .npz, 
     rows = range(total) if n in (0, total) else torch.randperm(total, generator=generator(seed))[:n].sort().values.tolist()
     for start in range(0, len(rows), batch_size): yield fetch(list(rows[start:start + batch_size]))
 
-# %% ../nbs/06_fid.ipynb #c071
+# %% ../nbs/06_fid.ipynb #c072
 def as_extractor(extractor,        # an Extractor, "inception", "dinov2", "random", a shipped judge's name, or what `judge` takes
                  mode: str = "",   # of Inception; "" is clean
                  device="auto") -> Extractor:
@@ -705,7 +706,7 @@ def reference_stats(source,                  # Stats, a .npz of them, or anythin
     for images in images_of(source, n, batch_size, seed, scale): moments.add(extractor(images))
     return Stats.from_moments(moments, extractor)
 
-# %% ../nbs/06_fid.ipynb #c074
+# %% ../nbs/06_fid.ipynb #c075
 @dataclass
 class Score:
     "A distance, and all that it takes to compare it."
@@ -735,7 +736,7 @@ class Score:
         against = f"{self.n_real:,}" if self.n_real else "an unknown number"
         return "\n".join([f"{self.metric} {self.value:.4g}{error} ({floor}); n={self.n_fake:,} against {against}; {judge}", *(f"  warning: {w}" for w in self.warnings)])
 
-# %% ../nbs/06_fid.ipynb #c075
+# %% ../nbs/06_fid.ipynb #c076
 def _halves(real: Stats, n: int, seed: int, division: int) -> tuple[Stats, Stats]:
     "The other real images, and n drawn at random; classes have their shares in both, where they are known."
     if real.labels is None or n < len(real.labels.unique()): chosen = torch.randperm(len(real.features), generator=generator(seed, 77, division))[:n]
@@ -773,7 +774,7 @@ def _score(name: Callable, measure: Callable, key: tuple, real, fake, extractor,
     if not (real.extractor and real.sha256): notes.append("the reference does not say which judge made it; taken on trust")
     return Score(name(judge), value, low, spread, m, real.n, fake.n, judge.dims, judge.name, judge.sha256, judge.mode, error, std, notes)
 
-# %% ../nbs/06_fid.ipynb #c076
+# %% ../nbs/06_fid.ipynb #c077
 def fid(real,                    # Stats, a .npz of them, or anything that images_of takes
         fake,
         extractor="inception",   # an Extractor, "inception", "dinov2", a shipped judge's name, a frozen classifier or a run

@@ -21,7 +21,7 @@ def test_the_notebook_reads_as_a_report(lab):
 
 @pytest.mark.parametrize("queue", [0, 20])
 def test_killed_and_resumed_is_the_same(lab, queue):
-    settings = SMALL | dict(queue=queue, push=16, steps=200)
+    settings = SMALL | dict(queue=queue, push=16, steps=60, eval_every=30)
     assert train(run_name="whole", **settings).returncode == 0
     process = train(run_name="killed", wait=False, **settings)
     end = time.monotonic() + 120
@@ -54,7 +54,7 @@ def test_two_processes_share_the_groups(lab):
 
 @pytest.mark.parametrize("settings, words", [
     (dict(temps=[0.1, 0.0]), "positive"), (dict(alpha=9.0), "outside what is trained"), (dict(groups=11), "has 10 classes"), (dict(positives=900), "use at most"),
-    (dict(model="resnet8"), "unknown model"), (dict(encoder="no-such"), "nor a run"), (dict(judge="mnist"), "28 pixels")], ids=lambda x: "-".join(x) if isinstance(x, dict) else "")
+    (dict(model="resnet8"), "unknown model"), (dict(encoder="no-such"), "is no run"), (dict(judge="mnist"), "28 pixels")], ids=lambda x: "-".join(x) if isinstance(x, dict) else "")
 def test_what_cannot_work_is_refused_in_one_line(lab, settings, words):
     out = train(run_name="bad", **(SMALL | settings))
     assert out.returncode == 1 and words in out.stderr and out.stderr.strip().count("\n") == 0, out.stderr
