@@ -20,13 +20,14 @@ from .plots import COLOURS, Figure, Picture, _styled
 from .track import resolve_artifact
 
 # %% auto #0
-__all__ = ['GATES', 'LOSSES', 'WEIGHTS', 'METHODS', 'FEATURE_WEIGHTS', 'KINDS', 'PAGE', 'kd_loss', 'dkd_loss', 'nkd_loss',
-           'dist_loss', 'mlkd_loss', 'standardize', 'ls', 'uniform_weights', 'ca_weights', 'entropy_weights',
-           'most_confident_weights', 'aekd_weights', 'gate_bounds', 'gate', 'gate_saturated', 'Composition',
-           'composition', 'distill_terms', 'FitNet', 'attention_transfer', 'similarity_preserving', 'relational',
-           'class_groups', 'drift_term', 'Teacher', 'load_teacher', 'Teachers', 'halves', 'fit_temperature', 'log_odds',
-           'quantiles_by_class', 'transport', 'Calibration', 'plot_confidences', 'cache_bytes', 'disk_bytes',
-           'cache_facts', 'cache_folder', 'ViewCache', 'HostBatches']
+__all__ = ['GATES', 'LOSSES', 'WEIGHTS', 'METHODS', 'FEATURE_WEIGHTS', 'KINDS', 'PAGE', 'FEATURES', 'kd_loss', 'dkd_loss',
+           'nkd_loss', 'dist_loss', 'mlkd_loss', 'standardize', 'ls', 'uniform_weights', 'ca_weights',
+           'entropy_weights', 'most_confident_weights', 'aekd_weights', 'gate_bounds', 'gate', 'gate_saturated',
+           'Composition', 'composition', 'distill_terms', 'FitNet', 'attention_transfer', 'similarity_preserving',
+           'relational', 'class_groups', 'drift_term', 'Teacher', 'load_teacher', 'Teachers', 'halves',
+           'fit_temperature', 'log_odds', 'quantiles_by_class', 'transport', 'Calibration', 'plot_confidences',
+           'cache_bytes', 'disk_bytes', 'cache_facts', 'cache_folder', 'ViewCache', 'HostBatches', 'DistillConfig',
+           'train_teachers', 'train_baseline', 'Distill', 'ensemble', 'plot_gates', 'evaluate_student']
 
 # %% ../nbs/12_kd.ipynb #c005
 def _wide(x: Tensor) -> Tensor: return x if x.dtype == torch.float64 else x.float()
@@ -949,3 +950,283 @@ class HostBatches(Batches):
         for batch in super().__iter__():
             part = slice(at, at := at + len(batch.y))
             yield batch._replace(index=index[part], view=view[part])
+
+# %% ../nbs/12_kd.ipynb #c133
+from .core import Run, param, plain
+from .models import activations
+from .train import Classify, TrainConfig, classification_metrics, classifier, fit, normalize, prepare, undisturbed
+
+# %% ../nbs/12_kd.ipynb #c134
+FEATURES = ("fitnet", "attention", "similarity", "relational", "drift")
+_DRIFT_WEIGHT = 0.1  # of the drift term beside a logit loss: a guess, nothing is published
+
+@dataclass
+class DistillConfig(TrainConfig):
+    "Everything a distilling run needs."
+    method: str = param("dynamic", "none, hinton, ca_weighted, dynamic, confidence, dkd, nkd, dist or mlkd; with +ls, weights or a gate, as in dkd+ls+ca")
+    epochs: int = param(30, "passes over the training images", low=1, high=100_000)
+    val_fraction: float = param(0.2, "share of the training images kept: half to calibrate teachers, half for selection", low=0, high=0.9)
+    eval_every: int = param(5, "epochs between evaluations; the end always is one", low=1)
+    teachers: str = param("", "runs, folders, files, artifacts or published networks, in words; empty trains own ones, once")
+    own_teachers: int = param(3, "how many own teachers, where teachers is empty", low=1, high=100)
+    teacher_model: str = param("resnet14", "network of own teachers")
+    teacher_epochs: int = param(20, "epochs of own teachers", low=1, high=100_000)
+    teacher_precision: str = param("fp32", "fp32 or bf16", choices=("fp32", "bf16"))
+    temperature: float = param(0.0, "temperature of the logits; 0 is the loss's own", low=0, high=1000)
+    kd_weight: float = param(0.0, "weight of the soft loss; 0 is the method's own", low=0, high=1e6)
+    kd_alpha: float = param(0.0, "weight of the label's cross-entropy; 0 is the method's own", low=0, high=1e6)
+    kd_warmup: float = param(-1.0, "epochs until the soft loss counts fully; below 0 is the method's own", low=-1, high=1e6)
+    gamma: float = param(0.0, "steepness of a confidence gate; 0 is the method's own", low=0, high=1e6)
+    threshold: float = param(0.0, "confidence at which such a gate is one half; 0 is the method's own", low=0, high=1)
+    beta: float = param(0.0, "weight among the other classes in dkd, of rows in dist; 0 is the loss's own", low=0, high=1e6)
+    reduction: str = param("sample", "sample, or batch: weights and gate averaged over the batch first", choices=("sample", "batch"))
+    confidences: str = param("raw", "raw, calibrated, crossfit or label_free, where the method weighs by confidence", choices=KINDS)
+    feature: str = param("", "a feature term beside the logits: fitnet, attention, similarity, relational or drift; empty is none", choices=("", *FEATURES))
+    feature_weight: float = param(0.0, "weight of the feature term; 0 is its own", low=0, high=1e9)
+    student_layers: str = param("", "layers of the student that the feature term sees; empty is the last stage")
+    teacher_layers: str = param("", "layers of the teachers, as many; empty is the last stage")
+    cache: str = param("off", "teachers' logits on the disk: off, lazy or ahead", choices=("off", "lazy", "ahead"))
+    cache_gb: float = param(50.0, "most that the cache may take, all teachers together", low=0, high=1e6)
+    baseline: bool = param(True, "train the same student without teachers, once, to compare with")
+
+    NOT_COMPARED = (*TrainConfig.NOT_COMPARED, "cache_gb", "baseline")
+
+    def __post_init__(self):
+        super().__post_init__()
+        m = self.composition()
+        unused = {"gamma": m.gate != "confidence", "threshold": m.gate != "confidence", "reduction": m.weights in ("uniform", "most_confident") and m.gate in ("constant", "schedule"),
+                  "confidences": m.weights not in ("ca", "most_confident") and m.gate not in ("confidence", "max_confidence"), **{k: not self.feature for k in ("feature_weight", "student_layers", "teacher_layers")}}
+        if not m.loss: unused |= dict.fromkeys(("teachers", "temperature", "kd_weight", "kd_alpha", "kd_warmup", "beta", "feature", "cache"), True)
+        for name, why in unused.items():
+            if why and getattr(self, name) != self.default(name): raise LabError(f"{name}={getattr(self, name)!r} does nothing with method {self.method!r}" + (" and no feature term" if "_" in name and not self.feature and m.loss else "") + "; leave it out, or choose another method")
+        if m.loss and self.noise: raise LabError(f"noise={self.noise:g}: teachers see the student's views, and noise is none; use noise=0")
+        if self.confidences in ("calibrated", "crossfit") and not self.val_fraction: raise LabError(f"confidences={self.confidences!r} need validation images; use val_fraction above 0, or 'raw' or 'label_free'")
+        if self.feature and self.compile: raise LabError("a feature term looks into the network with hooks; use compile=False, or no feature")
+        if self.feature in ("fitnet", "drift") and self.processes > 1: raise LabError(f"feature={self.feature!r} trains a regressor that processes would not share; use processes=1, or another feature term")
+        if len(split_words(self.student_layers)) != len(split_words(self.teacher_layers)): raise LabError(f"student_layers={self.student_layers!r} and teacher_layers={self.teacher_layers!r}: expected as many of each, in pairs")
+
+    def default(self, name: str): return next(f.default for f in dataclasses.fields(self) if f.name == name)
+
+    def composition(self) -> Composition:
+        "The method with the fields that are given."
+        given = dict(T=self.temperature, weight=self.kd_weight, alpha=self.kd_alpha, gamma=self.gamma, threshold=self.threshold)
+        if self.method == "none": return METHODS["none"]
+        given = {k: v for k, v in given.items() if v} | ({"warmup": self.kd_warmup} if self.kd_warmup >= 0 else {}) | ({"options": {"beta": self.beta}} if self.beta else {})
+        return composition(self.method, reduction=self.reduction, **given)
+
+# %% ../nbs/12_kd.ipynb #c136
+_RECIPE = ("dataset", "data_root", "image_size", "limit", "val_fraction", "split_seed", "flip", "crop_padding", "normalization", "deterministic", "device", "threads", "batch_size",
+           "optimizer", "lr", "momentum", "betas", "weight_decay", "schedule", "milestones", "final_lr", "warmup", "grad_clip", "precision", "compile")
+
+def _once(make: Callable[[], None], name: str) -> str:
+    "Make the run `name`, unless it is there; other processes that want it wait."
+    (runs_folder() / ".cache").mkdir(parents=True, exist_ok=True)
+    with _alone(runs_folder() / ".cache" / f"{name}.lock", math.inf):
+        if not (runs_folder() / name / "metrics.json").exists():
+            if int(os.environ.get("WORLD_SIZE", "1")) > 1: raise LabError(f"run {name} is needed first and cannot be trained inside several processes; run this once with processes=1, or name teachers")
+            print(f"first, once: runs/{name}")
+            make()
+    return name
+
+def train_teachers(cfg: DistillConfig) -> list[str]: # the names of their runs
+    "Train the teachers of a configuration, unless their runs are there."
+    names = []
+    for seed in range(1, cfg.own_teachers + 1):
+        own = TrainConfig(**{k: getattr(cfg, k) for k in _RECIPE}, model=cfg.teacher_model, seed=seed, epochs=cfg.teacher_epochs, eval_every=cfg.teacher_epochs, save_every=max(1, cfg.teacher_epochs // 10), tracker="none", resume=True)
+        own.run_name = f"teacher-{own.dataset}-{own.model}-s{seed}-{own.hash()[:8]}"
+        def make():
+            data = prepare(own)
+            fit(Classify(classifier(own, data), data, own), own, Run(own, "teacher"))
+        names.append(_once(make, own.run_name))
+    return names
+
+def train_baseline(cfg: DistillConfig) -> str: # the name of its run
+    "The same student, seed and recipe without teachers, unless its run is there."
+    of_teaching = {f.name for f in dataclasses.fields(DistillConfig)} - {f.name for f in dataclasses.fields(TrainConfig)}
+    own = dataclasses.replace(cfg, **{k: cfg.default(k) for k in of_teaching} | dict(method="none", baseline=False, run_name="", tracker="none", resume=True))
+    own.run_name = f"baseline-{own.dataset}-{own.model}-s{own.seed}-{own.hash()[:8]}"
+    def make():
+        data = prepare(own)
+        fit(Distill(classifier(own, data), data, own), own, Run(own, "distill"))
+    return _once(make, own.run_name)
+
+# %% ../nbs/12_kd.ipynb #c138
+def _last_stage(model: nn.Module, whose: str) -> list[str]:
+    stages = getattr(model, "stages", None)
+    if not isinstance(stages, list): raise LabError(f"{whose} has no stages to choose the last of; name {whose.split()[0]}_layers")
+    return stages[-1:]
+
+class Distill(Classify):
+    "Learning from labels and teachers."
+    def __init__(self, model: nn.Module, data: Dataset, cfg: DistillConfig):
+        super().__init__(model, data, cfg)
+        self.method, self.teachers, self.regressors, self.chosen = cfg.composition(), None, nn.ModuleDict(), {}
+        self.selection = halves(data.val, cfg.split_seed)[1]
+        if self.method.loss:
+            self.sources = split_words(cfg.teachers) or train_teachers(cfg)
+            self.teachers = self.load_teachers("cpu")
+            if cfg.feature: self.layers = split_words(cfg.student_layers) or _last_stage(model, "student"), [split_words(cfg.teacher_layers) or _last_stage(t.net.model, f"teacher {t.name}") for t in self.teachers]
+
+    def load_teachers(self, device) -> Teachers:
+        return Teachers(self.sources, self.data, device, torch.bfloat16 if self.cfg.teacher_precision == "bf16" else torch.float32)
+
+    def setup(self, device, rank: int = 0, world: int = 1) -> None:
+        super().setup(device, rank, world)
+        cfg = self.cfg
+        self.epoch_steps = math.ceil(cfg.batches(len(self.data.train)) / cfg.accumulation)
+        self.total = cfg.steps or cfg.epochs * self.epoch_steps
+        if not self.teachers: return
+        if torch.device(device).type != "cpu": self.teachers = self.load_teachers(device)
+        if cfg.cache != "off": self.teachers.cache(limit_gb=cfg.cache_gb, epochs=math.ceil(self.total / self.epoch_steps) if cfg.cache == "lazy" else 0)
+        if cfg.cache == "ahead":
+            for cache in self.teachers.caches: cache.fill(rank=rank, world=world)
+        if len(self.data.val): self.teachers.calibrate(cfg.split_seed)
+        if cfg.feature in ("fitnet", "drift"): self.make_regressors()
+
+    def batches(self, epoch: int) -> HostBatches:
+        return HostBatches(self.data.train, self.cfg.batch_size, self.cfg.seed, epoch, rank=self.rank, world=self.world, device=self.device)
+
+    def loss(self, batch: Batch, step: int):
+        cfg, x = self.cfg, normalize(batch.x, self.data.mean, self.data.std)
+        if cfg.noise: x = x + torch.rand(len(x), 1, 1, 1, device=x.device) * torch.randn_like(x) * self.noise
+        with activations(self.model, self.layers[0]) if cfg.feature else contextlib.nullcontext() as inside: logits = self.net(x)
+        teacher_logits, taught = self.ask(batch) if self.teachers else (None, [])
+        confidences = self.teachers.confidences(teacher_logits, batch, cfg.confidences) if cfg.confidences != "raw" else None
+        loss, metrics = distill_terms(self.method, logits, teacher_logits, batch.y, min(step / self.total, 1.), confidences, step / self.epoch_steps, cfg.label_smoothing)
+        if cfg.feature:
+            term = self.feature_loss(inside, taught, batch.y)
+            loss = loss + (cfg.feature_weight or FEATURE_WEIGHTS.get(cfg.feature, _DRIFT_WEIGHT)) * term
+            metrics |= {"train/loss_feature": term.detach(), "train/loss_total": loss.detach()}
+        return loss, metrics | {"train/accuracy": (logits.detach().argmax(1) == batch.y).float().mean()}
+
+    def parameters(self) -> list[nn.Parameter]: return [*super().parameters(), *self.regressors.parameters()]
+    def state(self) -> dict: return dict(regressors=self.regressors.state_dict())
+    def load_state(self, state: dict) -> None: self.regressors.load_state_dict(state["regressors"])
+    def part(self, split: str) -> Split: return self.selection if split == "val" else super().part(split)
+
+# %% ../nbs/12_kd.ipynb #c140
+@patch
+def ask(self: Distill, batch: Batch) -> tuple[Tensor, list]: # [K, B, C], and for each teacher its features by layer
+    "What the teachers say of a batch."
+    if not self.cfg.feature: return self.teachers(batch), []
+    taught, live = [], []
+    for teacher, names in zip(self.teachers, self.layers[1]):
+        with activations(teacher.net, names) as seen: live.append(teacher.logits(batch.x))
+        taught.append([seen[name] for name in names])
+    return self.teachers(batch) if self.teachers.caches else torch.stack(live), taught
+
+def _pooled(f: Tensor) -> Tensor: return f.mean((2, 3)) if f.ndim == 4 else f
+
+@patch
+def feature_loss(self: Distill, inside: dict, taught: list, labels: Tensor) -> Tensor:
+    "The mean of the feature term over teachers and layers."
+    terms, kind = [], self.cfg.feature
+    for k, features in enumerate(taught):
+        for i, (name, t) in enumerate(zip(self.layers[0], features)):
+            s, regressor = inside[name], self.regressors[f"{k}_{i}"] if f"{k}_{i}" in self.regressors else None
+            if kind == "fitnet": terms.append(regressor(s, t))
+            elif kind == "attention": terms.append(attention_transfer(s, t))
+            elif kind == "drift": terms.append(drift_term(regressor.regress(_pooled(s)) if regressor else _pooled(s), _pooled(t), labels)[0])
+            else: terms.append({"similarity": similarity_preserving, "relational": relational}[kind](_pooled(s), _pooled(t)))
+    return torch.stack(terms).mean()
+
+@patch
+def make_regressors(self: Distill) -> None:
+    "A regressor for each teacher and layer, of the widths that one image shows; weights by the seed alone."
+    x = torch.zeros(1, self.data.channels, self.data.image_size, self.data.image_size, dtype=torch.uint8, device=self.device)
+    with torch.no_grad(), undisturbed(self.model), activations(self.model, self.layers[0]) as inside: self.model(normalize(x, self.data.mean, self.data.std))
+    for k, (teacher, names) in enumerate(zip(self.teachers, self.layers[1])):
+        with activations(teacher.net, names) as seen: teacher.logits(x)
+        for i, (mine, theirs) in enumerate(zip(self.layers[0], names)):
+            widths = inside[mine].shape[1], seen[theirs].shape[1]
+            if self.cfg.feature == "drift" and widths[0] == widths[1]: continue
+            with torch.random.fork_rng(devices=[]):
+                torch.default_generator.manual_seed(1000 * self.cfg.seed + 10 * k + i)
+                self.regressors[f"{k}_{i}"] = FitNet(*widths)
+    self.regressors.to(self.device)
+
+# %% ../nbs/12_kd.ipynb #c141
+@torch.no_grad()
+def ensemble(teachers: Teachers, batches) -> Tensor: # [N]
+    "The class of the teachers' mean probability."
+    return torch.cat([teachers.logits(b.x).softmax(-1).mean(0).argmax(-1) for b in batches])
+
+@patch
+def evaluate(self: Distill, model: nn.Module, split: str) -> dict:
+    if not len(self.part(split)): return {}
+    logits, labels = self.logits(model, split)
+    found = classification_metrics(logits, labels)
+    if self.teachers:
+        if split not in self.chosen: self.chosen[split], = self.gather(ensemble(self.teachers, self.in_order(split)))
+        found["teacher_agreement"] = float((logits.argmax(1) == self.chosen[split]).mean())
+    return {f"{split}/{k}": v for k, v in found.items()}
+
+@patch
+def taught_by(self: Distill) -> dict:
+    rows = self.teachers.rows() if self.teachers else []
+    return dict(teachers=[row["source"] for row in rows], kd_method=self.cfg.method, temperature=plain(self.method.temperature) if self.teachers else None, teacher_rows=plain(rows))
+
+@patch
+def summary(self: Distill) -> dict: return self.taught_by()
+
+@patch
+def facts(self: Distill) -> dict: return Classify.facts(self) | self.taught_by()
+
+# %% ../nbs/12_kd.ipynb #c151
+@patch
+@torch.no_grad()
+def gates(self: Distill, epoch: int) -> tuple[Tensor, Tensor]: # [N], [K, N]
+    "The gate and the teachers' weights of each sample in an epoch."
+    m, found = self.method, []
+    for batch in self.batches(epoch):
+        z = self.teachers(batch)
+        c = self.teachers.confidences(z, batch, self.cfg.confidences)
+        extra = dict(confidences=c) if m.weights in ("ca", "most_confident") else {}
+        if m.weights == "aekd": extra = dict(student=self.model.eval()(normalize(batch.x, self.data.mean, self.data.std)), loss=functools.partial(LOSSES[m.loss][0], **m.options), T=m.temperature)
+        found.append((gate(m.gate, c, min(epoch * self.epoch_steps / self.total, 1.), m.value, m.end, m.gamma, m.threshold), WEIGHTS[m.weights](z, batch.y, **extra)))
+    return tuple(torch.cat(parts, -1).cpu() for parts in zip(*found))
+
+@_styled
+def plot_gates(seen: dict,        # epoch -> (gate [N], weights [K, N]), as Distill.gates gives them
+               names: list,       # of the teachers
+               title: str = "",   # "" states the finding
+              ) -> Figure:
+    "Histograms of gates in each epoch, and of each teacher's weights in the last."
+    if not seen: raise LabError("plot_gates got no epochs; give {epoch: Distill.gates(epoch)}")
+    fig = Picture(figsize=(8, 3.2), layout="constrained")
+    left, right = fig.subplots(1, 2)
+    g, w = list(seen.values())[-1]
+    def bars(ax, values, labels):
+        ax.hist([v.numpy() for v in values], np.linspace(0, 1, 21), weights=[np.full(len(v), 1 / len(v)) for v in values], label=labels, color=[COLOURS[i % len(COLOURS)] for i in range(len(labels))])
+    bars(left, [gates for gates, _ in seen.values()], [f"epoch {e} (mean {gates.mean():.2f})" for e, (gates, _) in seen.items()])
+    bars(right, list(w), [f"{name[:28]} (mean {own.mean():.2f})" for name, own in zip(names, w)])
+    left.set(xlabel="gate: 1 is all that the teachers may count", ylabel="share of samples", xlim=(0, 1))
+    right.set(xlabel="weight of a teacher", xlim=(0, 1))
+    for ax in (left, right): ax.legend(loc="best", fontsize=7)
+    fig.suptitle(title or f"The gate is {g.mean():.2f} on average; weights differ by {w.std(0).mean() if len(w) > 1 else 0:.2f} (standard deviation) within a sample", fontsize=10)
+    return fig
+
+# %% ../nbs/12_kd.ipynb #c155
+def evaluate_student(source,               # run name, run folder, checkpoint file or artifact
+                     split: str = "test",  # or val
+                     teachers: str = "",   # to agree with; empty: those that the checkpoint names
+                     device: str = "cpu",
+                    ) -> dict:
+    "Accuracy, loss, AUROC, calibration error and teacher agreement; also written to the run's eval/."
+    if split not in ("val", "test"): raise unknown("split", split, ("val", "test"))
+    file = _resolve(source) if Path(source).exists() or (runs_folder() / source).exists() else resolve_artifact(str(source))
+    checkpoint = load_checkpoint(file)
+    c, task = checkpoint["config"], checkpoint["task"]
+    data = load_dataset(c["dataset"], c["data_root"], c["image_size"], c["val_fraction"], c["split_seed"], c["limit"], c.get("normalization", "data"))
+    if data.sha256 != task["data_sha256"]: raise LabError(f"{source} was trained on other images called {data.name}; restore them")
+    part = halves(data.val, c["split_seed"])[1] if split == "val" and "kd_method" in task else getattr(data, split)
+    if not len(part): raise LabError(f"{source} has no {split} images; use split='test'")
+    batches = Batches(part, 512, 0, augment=False, shuffle=False, drop_last=False, device=device)
+    student = load_teacher(str(file), data, device)
+    logits = torch.cat([student.logits(b.x) for b in batches]).cpu()
+    found = classification_metrics(logits.numpy(), part.labels.numpy())
+    if words := split_words(teachers) or task.get("teachers"): found["teacher_agreement"] = float((logits.argmax(1) == ensemble(Teachers(words, data, device), batches).cpu()).double().mean())
+    found = {f"{split}/{k}": v for k, v in found.items()}
+    folder = (file.parent.parent if file.parent.name == "checkpoints" else file.parent) / "eval"
+    if folder.is_dir(): write_json(folder / f"student_{file.stem}_{split}.json", dict(source=str(source), teachers=words or [], metrics=plain(found)))
+    return found

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import nn
 from .core import (Config, LabError, Run, atomic_write, choose_device, import_torchvision, mix, need, param, plain, read_json, seed_everything, unknown, write_json)
-from .data import Batches, Dataset, load_dataset, normalize, save_splits, splits_hash
+from .data import Batches, Dataset, Split, load_dataset, normalize, save_splits, splits_hash
 from .models import create_model, layer_names, list_models, load_checkpoint, output_sizes, parameter_layers
 from .track import start_tracker
 
@@ -185,6 +185,9 @@ class Task:
     def after_step(self, step: int) -> None: "Second optimisers, queues."
     def evaluate(self, model: nn.Module, split: str) -> dict: return {}
     def preview(self, model: nn.Module, run: Run) -> None: "Write what a person looks at into the run's figures/ or samples/."
+    def parameters(self) -> list[nn.Parameter]:
+        "What the optimiser trains: the model's, then those of second modules, which `state` keeps."
+        return list(self.model.parameters())
     def facts(self) -> dict:
         "What somebody who uses the weights later must know: normalisation, classes."
         return {}
@@ -224,17 +227,21 @@ class Classify(Task):
         loss = F.cross_entropy(logits, batch.y, label_smoothing=self.cfg.label_smoothing)
         return loss, {"train/accuracy": (logits.detach().argmax(1) == batch.y).float().mean()}
 
+    def part(self, split: str) -> Split: return getattr(self.data, split)
+
+    def in_order(self, split: str) -> Batches:
+        "A whole split as it is; each process has its share."
+        return Batches(self.part(split), self.world * max(1, 512 // self.world), 0, augment=False, shuffle=False, drop_last=False, rank=self.rank, world=self.world, device=self.device)
+
     def logits(self, model: nn.Module, split: str) -> tuple[np.ndarray, np.ndarray]:
         "Logits and labels of a whole split, over all processes."
-        batches = Batches(getattr(self.data, split), self.world * max(1, 512 // self.world), 0, augment=False, shuffle=False, drop_last=False,
-                          rank=self.rank, world=self.world, device=self.device)
-        with torch.no_grad(): pairs = [(model(normalize(b.x, self.data.mean, self.data.std)).float(), b.y) for b in batches]
+        with torch.no_grad(): pairs = [(model(normalize(b.x, self.data.mean, self.data.std)).float(), b.y) for b in self.in_order(split)]
         classes = len(self.data.classes)
         logits, labels = zip(*pairs) if pairs else ([torch.empty(0, classes)], [torch.empty(0, dtype=torch.long)])
         return self.gather(torch.cat(logits), torch.cat(labels))
 
     def evaluate(self, model: nn.Module, split: str) -> dict:
-        if not len(getattr(self.data, split).labels): return {}
+        if not len(self.part(split)): return {}
         return {f"{split}/{k}": v for k, v in classification_metrics(*self.logits(model, split)).items()}
 
     def facts(self) -> dict:
@@ -352,7 +359,7 @@ class Loop:
         self.device = self.accelerator.device if self.accelerator else choose_device(cfg.device)
         task.setup(self.device, self.rank, self.world)
         if self.accelerator: globalize_batchnorm(task.model, self.device)
-        self.model, self.parameters = task.model, [p for p in task.model.parameters() if p.requires_grad]
+        self.model, self.parameters = task.model, [p for p in task.parameters() if p.requires_grad]
         self.optimizer = make_optimizer(self.parameters, cfg.optimizer, lr=cfg.lr, momentum=cfg.momentum, betas=cfg.betas, weight_decay=cfg.weight_decay)
         self.base_lr = optimizer_settings(cfg.optimizer, cfg.lr)["lr"]
         self.ema = EMA(task.model, cfg.ema_decay) if cfg.ema_decay else None

@@ -1,0 +1,66 @@
+"Distilling as its users run it: the notebook, a kill, and what cannot work refused in one line."
+import json, signal, subprocess, sys, time
+from conftest import ROOT, losses, same_weights, train, weights
+
+SMALL = dict(family="distill", limit=200, val_fraction=.3, batch_size=40, model="judge", teacher_model="judge", own_teachers=2, teacher_epochs=2, crop_padding=1)
+
+def dkd(*words): return subprocess.run([sys.executable, "-m", "drifting_kd.cli", *map(str, words)], capture_output=True, text=True, timeout=300)
+
+def test_the_notebook_reads_as_a_report(lab):
+    settings = dict(run_name="small", limit=300, val_fraction=.3, epochs=3, eval_every=1, log_every=2, batch_size=40, model="judge", teacher_model="judge", own_teachers=2, teacher_epochs=3, cache="lazy", tracker="none", device="cpu", threads=1)
+    out = dkd("run", ROOT / "nbs/distill.ipynb", *(w for k, v in settings.items() for w in ("-p", k, v)))
+    assert out.returncode == 0, out.stderr
+    run = lab / "runs/small"
+    assert {p.name for p in (run / "figures").iterdir()} >= {"confidences.png", "curves.png", "gates.png", "gate_curves.png"}
+    kinds = sorted(p.name.split("-")[0] for p in (lab / "runs").iterdir() if (p / "metrics.json").exists())
+    assert kinds == ["baseline", "small", "teacher", "teacher"]
+    for words in ("temperature", "labels only, best validation", "agrees with its teachers", "evaluate_student('small'"): assert words in out.stdout, words
+    summary = json.loads((run / "metrics.json").read_text())
+    assert {"val/teacher_agreement", "test/teacher_agreement", "test/last_accuracy", "test/auroc", "test/ece", "train/loss_total", "kd_method", "temperature", "model_name", "checkpoint_path"} <= set(summary) and len(summary["teachers"]) == 2
+    assert len([r["sha256"] for r in summary["teacher_rows"]]) == 2
+
+def test_killed_and_resumed_is_the_same(lab):
+    "With logits from a cache that fills as it goes, and regressors that belong to no model."
+    settings = SMALL | dict(method="dynamic", confidences="crossfit", feature="fitnet", cache="lazy", epochs=12, save_every=1, eval_every=6)
+    whole = train(run_name="whole", **settings)
+    assert whole.returncode == 0, whole.stderr
+    process = train(run_name="killed", wait=False, **settings)
+    while not list((lab / "runs/killed/checkpoints").glob("step_*.pt")): time.sleep(.02)
+    process.send_signal(signal.SIGKILL), process.wait()
+    assert not (lab / "runs/killed/metrics.json").exists()
+    out = train(run_name="killed", resume=True, **settings)
+    assert out.returncode == 0, out.stderr
+    assert same_weights(lab / "runs/whole", lab / "runs/killed") and losses(lab / "runs/whole") == losses(lab / "runs/killed")
+    assert not any("regressor" in name for name in weights(lab / "runs/whole"))
+
+def test_what_cannot_work_is_refused_in_one_line(lab):
+    "Before a run folder is made; in one process of its own, since each costs seconds to start."
+    out = train(REFUSED, **{k: v for k, v in SMALL.items() if k not in ("family", "own_teachers", "teacher_model", "teacher_epochs")} | dict(epochs=1, run_name="good"))
+    assert out.returncode == 0, out.stderr
+    told = json.loads(out.stdout.splitlines()[-1])
+    for words, said in zip(("did you mean 'hinton'", "has 100 classes", "of the student's", "is not finished", "does nothing", "the limit is 0 GB"), told, strict=True): assert words in said and "\n" not in said, (words, told)
+    assert sorted(p.name for p in (lab / "runs").iterdir() if p.name[0] != "." and p.name != "artifacts.json") == ["good", "shapes", "teacher", "unfinished"]
+
+REFUSED = """from drifting_kd.train import Loop
+import atexit, torch
+from drifting_kd.core import Run
+from drifting_kd.kd import Distill, DistillConfig
+base = {k: v for k, v in json.loads(sys.argv[1]).items() if k not in ("family", "run_name")}
+def make(name, **more):
+    cfg = TrainConfig(**base | dict(run_name=name) | more); data = prepare(cfg)
+    fit(Classify(classifier(cfg, data), data, cfg), cfg, Run(cfg))
+make("teacher"); make("shapes", dataset="shapes100", limit=400)
+class Stop(Exception): pass
+def stopped(self): raise Stop
+kept, Loop.finish = Loop.finish, stopped
+try: make("unfinished")
+except Stop: pass
+Loop.finish, told = kept, []
+for bad in (dict(method="hinten"), dict(teachers="shapes"), dict(teachers="teacher", split_seed=7), dict(teachers="unfinished"), dict(method="none", feature="drift"), dict(teachers="teacher", cache="ahead", cache_gb=0.0)):
+    try:
+        cfg = DistillConfig(**base | bad); data = prepare(cfg)
+        Distill(classifier(cfg, data), data, cfg).setup(torch.device("cpu"))
+        told.append("accepted")
+    except LabError as e: told.append(str(e))
+atexit.register(lambda: print(json.dumps(told)))
+"""
