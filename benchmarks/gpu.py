@@ -5,13 +5,13 @@
 With `cifar10_jpeg.npz` or CIFAR-10 in DKD_DATA (or data/) the accuracies are real; without, images are random and only the times mean something.
 `--device cpu --epochs 1 --images 2000` tries the script itself.
 """
-import argparse, os, statistics, sys, tempfile, time
+import argparse, dataclasses, os, statistics, sys, tempfile, time
 from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
-from drifting_kd.core import LabError, Run, environment, seed_everything, write_json
+from drifting_kd.core import LabError, Run, environment, read_metrics, seed_everything, write_json
 from drifting_kd.data import load_dataset
 from drifting_kd.models import create_model, load_checkpoint
 from drifting_kd.train import Classify, TrainConfig, fit
@@ -98,7 +98,54 @@ def drifting(data, device: str, epochs: int) -> dict:
     import drift
     return dict(sizes=drift.on_gpu(device, *[{k: v for k, v in drift.SIZES.items() if v[1] < 1000}] * (epochs == 1)))
 
-MEASUREMENTS = dict(training=training, determinism=determinism, overhead=overhead, optimizers=optimizers, drift=drifting)
+def evaluation(data, device: str, epochs: int) -> dict:
+    "50,000 images of a generator to a distance: streamed, and through PNG files and clean-fid's data set. The network is Inception's architecture with random weights; `--epochs 1` takes 200 images."
+    from cleanfid.utils import ResizeDataset
+    from PIL import Image
+    from drifting_kd.core import import_torchvision
+    from drifting_kd.fid import Extractor, Moments, Stats, resize_for, to_uint8
+    from drifting_kd.generators import create_generator, sample_batches
+    n = 200 if epochs == 1 else 50_000
+    net = import_torchvision().models.inception_v3(weights=None, aux_logits=False, init_weights=False).eval().to(device)
+    net.fc = torch.nn.Identity()
+    judge = Extractor("random-inception", 2048, "", lambda x: net((resize_for(x, "clean") - 128) / 128), "clean", device=torch.device(device))
+    model, labels = create_generator("mlp_wide", 10, 3, 32).to(device), torch.arange(n) % 10
+    pixels = lambda: (to_uint8(x.float(), "signed") for x in sample_batches(model, labels, batch_size=256))
+    reference = Stats.of(torch.cat([judge(x) for x in list(pixels())[:10]]), judge)
+    reference.half
+    def streamed() -> float:
+        m = Moments(2048, device)
+        for x in pixels(): m.add(judge(x))
+        return reference.distance(Stats.from_moments(m, judge))
+    def through_files() -> float:
+        m = Moments(2048, device)
+        with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
+            for i, image in enumerate(image for x in pixels() for image in x.cpu().numpy()): Image.fromarray(image).save(Path(folder) / f"{i:06d}.png")
+            files = sorted(map(str, Path(folder).iterdir()))
+            for x in torch.utils.data.DataLoader(ResizeDataset(files, mode="clean"), 256, num_workers=min(12, (os.cpu_count() or 1) - 1)): m.add(net((x.to(device) - 128) / 128))
+        return reference.distance(Stats.from_moments(m, judge))
+    found = {}
+    for name, way in (("streamed", streamed), ("png_files", through_files)):
+        start = clock(device)
+        way()
+        found[name] = dict(seconds=clock(device) - start)
+        print(name, found[name], flush=True)
+    return dict(images=n, **found, ratio=found["png_files"]["seconds"] / found["streamed"]["seconds"])
+
+def drifting_step(data, device: str, epochs: int) -> dict:
+    "Milliseconds of a whole drifting step: MNIST-sized pixels with the wide MLP, and 32-px colour with the UNet, guided."
+    from drifting_kd.drift import Drift, DriftConfig, drifter
+    rows, data = {}, dataclasses.replace(data, train=dataclasses.replace(data.train, flip=False, crop_padding=0, _cache={}))
+    for name, settings in (("mlp_wide", {}), ("unet", dict(precision="bf16", batch_size=640))) if epochs > 1 else (("mlp_wide", {}),):
+        cfg = DriftConfig(dataset=data.name, device=device, model=name, steps=30 if epochs > 1 else 4, warmup=1, eval_every=30, log_every=1, tracker="none", judge="none", positives=32, **settings)
+        run = Run(cfg, "gpu")
+        fit(Drift(drifter(cfg, data), data, cfg), cfg, run)
+        times = [line["train/step_time"] for line in read_metrics(run.path) if "train/step_time" in line]
+        rows[name] = dict(ms=1000 * statistics.median(times[len(times) // 2:]))
+        print(name, rows[name], flush=True)
+    return rows
+
+MEASUREMENTS = dict(training=training, determinism=determinism, overhead=overhead, optimizers=optimizers, drift=drifting, drift_step=drifting_step, evaluation=evaluation)
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
