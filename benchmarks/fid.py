@@ -1,6 +1,6 @@
 """Everything of an FID but the network, beside clean-fid, in CPU time: pixels to what Inception sees, statistics, and the trace term beside scipy's sqrtm.
 
-    python benchmarks/fid.py [--images 1000] [--size 32] [--dims 2048] [--repeats 5] [--threads 1] [--out benchmarks/results/fid.json]
+    python benchmarks/fid.py [--images 1000] [--size 32] [--dims 2048] [--repeats 5] [--threads 1] [--agreement] [--out benchmarks/results/fid.json]
 
 Noise images. clean-fid reads them as PNG files through its own data set and loader, in this process; ours come once as such files and once from a
 sampler. The network is left out on both sides: its place is taken by features that are already there. All ways take turns and CPU time is counted, so
@@ -12,7 +12,7 @@ import numpy as np, torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from drifting_kd.core import environment, generator, import_torchvision, write_json
-from drifting_kd.fid import Extractor, Moments, covariance_half, frechet_distance, images_of, resize_for
+from drifting_kd.fid import Extractor, Moments, covariance_half, fid, frechet_distance, images_of, random_extractor, resize_for
 
 def cpu(work) -> float:
     begun = time.process_time()
@@ -82,6 +82,34 @@ def trace_term(dims: int, repeats: int) -> dict:
     rows = against(in_turns({"sqrtm": theirs, "ours": ours, "half_of_the_reference_once": lambda: covariance_half(S1)}, repeats), "sqrtm")
     return {"dims": dims, "ways": rows, "relative_difference": abs(value["ours"] / value["sqrtm"] - 1)}
 
+def agreement(dims: int, folder: Path) -> dict:
+    "Largest difference of resized pixels on a scale of 0 to 255, and of distances on the same features and images, relative, from clean-fid's own functions."
+    import_torchvision()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from cleanfid import fid as theirs
+        from cleanfid.resize import build_resizer
+        from PIL import Image
+    rows = {}
+    for mode in ("clean", "legacy_pytorch"):  # legacy_tensorflow resizes inside its network
+        resizer = build_resizer(mode)
+        for size in (32, 64, 512):
+            pixels = torch.randint(0, 256, (8, size, size, 3), dtype=torch.uint8, generator=generator(4, size))
+            ours = resize_for(pixels.permute(0, 3, 1, 2), mode).permute(0, 2, 3, 1).numpy()
+            rows[f"pixels, {mode}, {size} px"] = max(float(np.abs(o - resizer(x.numpy())).max()) for o, x in zip(ours, pixels))
+    def stats(seed: int):
+        x = torch.relu(torch.randn(2 * dims, dims, generator=generator(seed)) @ (torch.randn(dims, dims, generator=generator(6)) * torch.logspace(0, -2, dims))).numpy().astype(np.float64)
+        return x.mean(0), np.cov(x, rowvar=False)
+    a, b = stats(7), stats(8)
+    ours, reference = frechet_distance(*a, *b), theirs.frechet_distance(*a, *b)
+    rows["distance, same statistics"] = abs(ours / reference - 1)
+    pixels = torch.randint(0, 256, (300, 32, 32, 3), dtype=torch.uint8, generator=generator(9))
+    for i, image in enumerate(pixels): Image.fromarray(image.numpy()).save(folder / f"{i:06d}.png")
+    judge, real = random_extractor(32, "clean"), torch.randint(0, 256, (300, 32, 32, 3), dtype=torch.uint8, generator=generator(10))
+    streamed, files = (fid(real, source, judge, floor=False).value for source in (pixels, folder))
+    rows["distance, streamed and from PNG files"] = abs(streamed / files - 1)
+    return rows
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--images", type=int, default=1000)
@@ -89,9 +117,15 @@ def main() -> None:
     parser.add_argument("--dims", type=int, default=2048)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "fid.json")
+    parser.add_argument("--agreement", action="store_true", help="how far numbers are from clean-fid's, instead of times; results/fid_agreement.json")
+    parser.add_argument("--out", type=Path, default=None)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    args.out = args.out or Path(__file__).parent / "results" / ("fid_agreement.json" if args.agreement else "fid.json")
+    if args.agreement:
+        with tempfile.TemporaryDirectory() as folder: rows = agreement(args.dims, Path(folder))
+        for name, value in rows.items(): print(f"{name:40}{value:.1e}")
+        return write_json(args.out, {"what": "largest difference from clean-fid: pixels on a scale of 0 to 255, distances relative", "dims": args.dims, "rows": rows, "environment": environment()})
     result = {"what": "CPU time of everything but the network, and of the trace term", "repeats": args.repeats, "threads": args.threads,
               "pixels": everything_but_the_network(args.images, args.size, args.dims, args.repeats), "trace": trace_term(args.dims, args.repeats), "environment": environment()}
     for name, row in result["pixels"]["ways"].items(): print(f"{name:28}{row['ms_per_image']:8.3f} CPU-ms an image, {row['share']:.2f} of clean-fid's data set ({row['share_min']:.2f} to {row['share_max']:.2f})")
