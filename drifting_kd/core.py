@@ -13,8 +13,8 @@ from fastcore.basics import patch
 __all__ = ['SCHEMA', 'DETERMINISTIC', 'PACKAGES', 'LabError', 'unknown', 'project_root', 'runs_folder', 'working_folder',
            'environ', 'plain', 'atomic_write', 'write_json', 'read_json', 'mix', 'generator', 'seed_everything',
            'choose_device', 'import_torchvision', 'need', 'param', 'check_value', 'Parameters', 'Config', 'split_words',
-           'check_run_name', 'watch_parameters', 'git_state', 'environment', 'run_state', 'Run', 'read_metrics',
-           'list_runs']
+           'check_run_name', 'watch_parameters', 'git_state', 'environment', 'locked', 'once', 'run_state', 'Run',
+           'read_metrics', 'list_runs']
 
 # %% ../nbs/00_core.ipynb #c005
 SCHEMA = 1  # version of every JSON file a run writes
@@ -327,6 +327,29 @@ def _lock(path: Path, mode: str = "a+"):
         return None
     return handle
 
+@contextlib.contextmanager
+def locked(path: Path,           # a file for the lock; its folder is made
+          seconds: float = 60): # to wait for others
+    "Within the block no other process is in it."
+    path.parent.mkdir(parents=True, exist_ok=True)
+    end = time.monotonic() + seconds
+    while (handle := _lock(path)) is None:
+        if time.monotonic() > end: raise LabError(f"{path} is held by another process for {seconds:g} s; stop it")
+        time.sleep(.01)
+    try: yield
+    finally: handle.close()
+
+def once(name: str,            # of a run
+         make,      # trains it; called without arguments
+        ) -> str:
+    "Make a run that others need, unless it is there; other processes that want it wait."
+    with locked(runs_folder() / f".{name}.lock", math.inf):
+        if not (runs_folder() / name / "metrics.json").exists():
+            if int(os.environ.get("WORLD_SIZE", "1")) > 1: raise LabError(f"run {name} is needed first and cannot be trained inside several processes; run this once with processes=1")
+            print(f"first, once: runs/{name}")
+            make()
+    return name
+
 def run_state(path: Path) -> str:
     "`finished`, `running` (a live process holds it) or `stopped` (killed, failed or interrupted)."
     if (path / "metrics.json").exists(): return "finished"
@@ -337,7 +360,7 @@ def run_state(path: Path) -> str:
     handle.close()
     return "stopped"
 
-# %% ../nbs/00_core.ipynb #c047
+# %% ../nbs/00_core.ipynb #c048
 class Run:
     "One folder under `runs/`: made new, or continued with `cfg.resume`."
     held: dict = {}  # locks of this process: running a notebook's cells again takes over its own run
@@ -368,7 +391,7 @@ class Run:
     @property
     def finished(self) -> bool: return (self.path / "metrics.json").exists()
 
-# %% ../nbs/00_core.ipynb #c049
+# %% ../nbs/00_core.ipynb #c050
 @patch
 def _create(self: Run, folder: Path) -> Path:
     c = self.cfg
@@ -390,7 +413,7 @@ def _take_lock(self: Run) -> None:
     else: raise LabError(f"run {self.name} is being written by another process; wait for it, stop it, or use another run_name")
     Run.held[str(self.path)] = handle
 
-# %% ../nbs/00_core.ipynb #c051
+# %% ../nbs/00_core.ipynb #c052
 @patch
 def _begin(self: Run) -> None:
     "Write what a new run starts with; config.json comes last and makes the folder a run. For a continued one, note where it goes on."
@@ -446,7 +469,7 @@ def _unstarted(self: Run, path: Path) -> Path:
     if strange: raise LabError(f"{path} is not a run (it holds {strange[0]}, but no config.json); use another run_name")
     return path
 
-# %% ../nbs/00_core.ipynb #c053
+# %% ../nbs/00_core.ipynb #c054
 @patch
 def log(self: Run, metrics: dict, step: int, epoch: float = 0) -> None:
     "Append one line to metrics.jsonl; it reaches the system at once, so a kill loses none."
@@ -484,7 +507,7 @@ def read_metrics(path: str | Path) -> list[dict]:
             if i < len(lines) - 1: raise LabError(f"{path} line {i + 1} is not valid JSON; restore the file or delete that line") from None
     return out
 
-# %% ../nbs/00_core.ipynb #c058
+# %% ../nbs/00_core.ipynb #c059
 def list_runs(folder: Path | None = None) -> list[dict]:
     "Every run: name, kind, state, last step and epoch, its summary or last metrics, and age in seconds; newest first."
     rows = []

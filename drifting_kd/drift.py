@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from pathlib import Path
 from torch import Tensor, nn
-from .core import LabError, Run, _lock, generator, mix, param, runs_folder, seed_everything, split_words, unknown
+from .core import LabError, Run, generator, mix, once, param, runs_folder, seed_everything, split_words, unknown
 from .data import Batches, Dataset, Split, normalize
 from .fid import Extractor, Stats, as_extractor, default_judge, exact_fp32, prompt_accuracy, reference_stats, to_uint8, variance_ratio
 from .generators import Generator, MaskedAutoencoder, create_generator, create_mae, labels_like, list_generators, masked_error, sample_batches
@@ -455,22 +455,15 @@ def own_encoder(kind: str,     # mae or classifier
     shared |= dict(epochs=cfg.encoder_epochs, eval_every=cfg.encoder_epochs, save_every=cfg.encoder_epochs, tracker="none", resume=True)
     make = MaeConfig if kind == "mae" else functools.partial(TrainConfig, optimizer="adamw", batch_size=128)
     name = f"{kind}-{cfg.dataset}-{make(**shared).hash()[:8]}-{data.sha256[:8]}"  # other images of the same name: another encoder
-    own, path = make(**shared, run_name=name), runs_folder() / name
-    if (path / "metrics.json").exists(): return name
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1: raise LabError(f"encoder {kind!r} is not trained yet and is trained by one process; start once without accelerate launch, then again with it")
-    runs_folder().mkdir(parents=True, exist_ok=True)
-    while (handle := _lock(runs_folder() / f".{name}.lock")) is None: time.sleep(1)  # another process is at it
-    try:
-        if (path / "metrics.json").exists(): return name
-        print(f"first its encoder, once: runs/{name}")
+    own = make(**shared, run_name=name)
+    def train():
         own_data = prepare(own)
         if kind == "mae":
             seed_everything(own.seed, own.deterministic)
             task = Reconstruct(create_mae(data.channels, data.image_size), own_data, own)
         else: task = Classify(classifier(own, own_data), own_data, own)
         fit(task, own, Run(own, "encoder"))
-    finally: handle.close()
-    return name
+    return once(name, train)
 
 # %% ../nbs/11_drift.ipynb #c073
 class Reals:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
-from .core import (LabError, Parameters, Run, _lock, atomic_write, choose_device, environment, environ, generator, import_torchvision, list_runs, need, param, plain, project_root, read_json, run_state, runs_folder,
+from .core import (LabError, Parameters, Run, _lock, locked, atomic_write, choose_device, environment, environ, generator, import_torchvision, list_runs, need, param, plain, project_root, read_json, run_state, runs_folder,
                               seed_everything, split_words, unknown, write_json)
 from .data import Dataset, Split, load_dataset, splits_hash
 from .fid import (Extractor, MODES, Moments, Score, Stats, _holds_stats, as_extractor, bicubic, class_gaussians, class_means, default_judge, exact_fp32, fd_infinity, feature_diversity, fid, kid, load_stats,
@@ -463,16 +463,6 @@ def read_rows(path: str | Path) -> list[dict]:
     return _parse(Path(path))[0]
 
 # %% ../nbs/14_evaluate.ipynb #c034
-@contextlib.contextmanager
-def _locked(path: Path, seconds: float = 120):
-    "Only one process at a time is in this block."
-    end = time.monotonic() + seconds
-    while (handle := _lock(path)) is None:
-        if time.monotonic() > end: raise LabError(f"{path} is held by another process for {seconds:g} s; stop it")
-        time.sleep(.01)
-    try: yield
-    finally: handle.close()
-
 def same_settings(a: dict, b: dict, names: list = SETTINGS) -> bool: return all(_cell(a.get(k)) == _cell(b.get(k)) for k in names)
 
 def find_row(rows: list[dict], row: dict) -> dict | None:
@@ -484,7 +474,7 @@ def write_row(path: str | Path, # eval/fid_metrics.csv
     "Add a row, or replace that of the same checkpoint and settings; returns all rows."
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(path.parent / ".table.lock"):
+    with locked(path.parent / ".table.lock"):
         rows, trouble = _parse(path)
         if trouble:
             aside = path.with_name(f"{path.stem}.broken-{datetime.datetime.now():%Y%m%d-%H%M%S-%f}.csv")
@@ -690,7 +680,7 @@ def _claim(folder: Path, base: str, settings: dict) -> Path:
     "The folder of a checkpoint under these settings: `base`, or with a suffix where that belongs to other settings."
     digest = hashlib.sha256(repr(sorted((k, _cell(v)) for k, v in settings.items())).encode()).hexdigest()
     folder.mkdir(parents=True, exist_ok=True)
-    with _locked(folder / ".table.lock"):
+    with locked(folder / ".table.lock"):
         for path in (folder / base, folder / f"{base}-{digest[:8]}"):
             if not path.exists():
                 path.mkdir()
@@ -715,7 +705,7 @@ def preview(s: Sampled, classes: list, title: str) -> Figure:
 
 def _draw_table(path: Path) -> None:
     "fid_vs_step.png beside the table, from all of its rows."
-    with _locked(path.parent / ".table.lock"): save_figure(distance_vs_step(read_rows(path)), path.parent / "fid_vs_step.png")
+    with locked(path.parent / ".table.lock"): save_figure(distance_vs_step(read_rows(path)), path.parent / "fid_vs_step.png")
 
 class _Told:
     "One tracker run for one call of `evaluate`; made with the first result."

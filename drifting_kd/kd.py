@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor, nn
-from .core import LabError, _lock, plain, read_json, runs_folder, split_words, unknown, write_json
+from .core import LabError, locked, once, plain, read_json, runs_folder, split_words, unknown, write_json
 from .data import Batch, Batches, Dataset, Split, hash32, load_dataset, num_views, stratified, view_pixels
 from .models import Frozen, _resolve, checkpoint_model, count_parameters, load_checkpoint, model_name, pretrained
 from .plots import COLOURS, Figure, Picture, _styled
@@ -799,16 +799,6 @@ def cache_folder(teacher: Teacher, data: Dataset, folder: str | Path = "") -> Pa
     key = hashlib.sha256(json.dumps(cache_facts(teacher, data), sort_keys=True).encode()).hexdigest()[:32]
     return Path(folder or runs_folder() / ".cache" / "teachers") / key
 
-@contextlib.contextmanager
-def _alone(path: Path, seconds: float = 60):
-    "Within the block no other process is in it."
-    end = time.monotonic() + seconds
-    while (handle := _lock(path)) is None:
-        if time.monotonic() > end: raise LabError(f"{path} is held by another process for {seconds:g} s; stop it")
-        time.sleep(.01)
-    try: yield
-    finally: handle.close()
-
 def _write_rows(path: Path, rows: np.ndarray, values: np.ndarray) -> None:
     "Rows (ascending) of a file; neighbours in one write. The file is opened here, so that forked processes share no position in it."
     width, cuts = values[0].nbytes, [0, *(np.flatnonzero(np.diff(rows) != 1) + 1), len(rows)]
@@ -834,7 +824,7 @@ class ViewCache:
         "Make or check the header; enlarge the files (holes cost nothing); map them for reading."
         self.path.mkdir(parents=True, exist_ok=True)
         header, files = self.path / "header.json", [(self.path / "logits.f16", 2 * self.classes), (self.path / "check.u32", 4)]
-        with _alone(self.path / ".lock"):
+        with locked(self.path / ".lock"):
             if not header.exists(): write_json(header, self.facts | {"name": self.teacher.name})
             found = read_json(header)
             if wrong := [k for k, v in self.facts.items() if found.get(k) != v]: raise LabError(f"{header} belongs to another cache ({wrong[0]} is {found.get(wrong[0])!r}, expected {self.facts[wrong[0]]!r}); delete the folder")
@@ -1018,16 +1008,6 @@ class DistillConfig(TrainConfig):
 _RECIPE = ("dataset", "data_root", "image_size", "limit", "val_fraction", "split_seed", "flip", "crop_padding", "normalization", "deterministic", "device", "threads", "batch_size",
            "optimizer", "lr", "momentum", "betas", "weight_decay", "schedule", "milestones", "final_lr", "warmup", "grad_clip", "precision", "compile")
 
-def _once(make: Callable[[], None], name: str) -> str:
-    "Make the run `name`, unless it is there; other processes that want it wait."
-    (runs_folder() / ".cache").mkdir(parents=True, exist_ok=True)
-    with _alone(runs_folder() / ".cache" / f"{name}.lock", math.inf):
-        if not (runs_folder() / name / "metrics.json").exists():
-            if int(os.environ.get("WORLD_SIZE", "1")) > 1: raise LabError(f"run {name} is needed first and cannot be trained inside several processes; run this once with processes=1, or name teachers")
-            print(f"first, once: runs/{name}")
-            make()
-    return name
-
 def train_teachers(cfg: DistillConfig) -> list[str]: # the names of their runs
     "Train the teachers of a configuration, unless their runs are there."
     names = []
@@ -1037,7 +1017,7 @@ def train_teachers(cfg: DistillConfig) -> list[str]: # the names of their runs
         def make():
             data = prepare(own)
             fit(Classify(classifier(own, data), data, own), own, Run(own, "teacher"))
-        names.append(_once(make, own.run_name))
+        names.append(once(own.run_name, make))
     return names
 
 def train_baseline(cfg: DistillConfig) -> str: # the name of its run
@@ -1048,7 +1028,7 @@ def train_baseline(cfg: DistillConfig) -> str: # the name of its run
     def make():
         data = prepare(own)
         fit(Distill(classifier(own, data), data, own), own, Run(own, "distill"))
-    return _once(make, own.run_name)
+    return once(own.run_name, make)
 
 # %% ../nbs/12_kd.ipynb #c138
 def _last_stage(model: nn.Module, whose: str) -> list[str]:

@@ -6,7 +6,7 @@
 from __future__ import annotations
 import contextlib, hashlib, importlib.util, logging, netrc, os, queue, re, secrets, threading, time, urllib.parse, warnings
 from pathlib import Path
-from .core import LabError, Run, _lock, need, plain, project_root, read_json, runs_folder, unknown, write_json
+from .core import LabError, Run, locked, need, plain, project_root, read_json, runs_folder, unknown, write_json
 
 # %% auto #0
 __all__ = ['BACKENDS', 'QUEUE', 'IMAGE_BYTES', 'Backend', 'wandb_key', 'wandb_mode', 'Wandb', 'Trackio', 'Mlflow', 'Degraded',
@@ -288,16 +288,6 @@ def start_tracker(name: str,             # wandb, trackio, mlflow or none
     return Tracker(name, kind(run, config, saved, job))
 
 # %% ../nbs/01_track.ipynb #c026
-@contextlib.contextmanager
-def _index_lock(seconds: float = 60):
-    end = time.monotonic() + seconds
-    runs_folder().mkdir(parents=True, exist_ok=True)
-    while (handle := _lock(runs_folder() / ".artifacts.lock")) is None:
-        if time.monotonic() > end: raise LabError(f"{runs_folder() / '.artifacts.lock'} is held by another process for {seconds:g} s; stop it")
-        time.sleep(.01)
-    try: yield
-    finally: handle.close()
-
 def _sha256(path: Path) -> str:
     with open(path, "rb") as f: return hashlib.file_digest(f, "sha256").hexdigest()
 
@@ -310,7 +300,7 @@ def index_artifact(path: str | Path, name: str, aliases: tuple = ("latest",), ki
     path, root = Path(path).resolve(), project_root()
     if not path.is_file(): raise LabError(f"artifact {name}: {path} is not a file")
     entry = dict(path=str(path.relative_to(root) if path.is_relative_to(root) else path), sha256=_sha256(path), kind=kind, time=time.time())
-    with _index_lock(): write_json(runs_folder() / "artifacts.json", {"artifacts": _index() | {f"{name}:{alias}": entry for alias in aliases}})
+    with locked(runs_folder() / ".artifacts.lock"): write_json(runs_folder() / "artifacts.json", {"artifacts": _index() | {f"{name}:{alias}": entry for alias in aliases}})
 
 # %% ../nbs/01_track.ipynb #c027
 def resolve_artifact(reference: str,                # "model-<run>:best"; without an alias it is latest
