@@ -4,7 +4,7 @@
 
 # %% ../nbs/11_drift.ipynb #c002
 from __future__ import annotations
-import dataclasses, functools, math, os, time
+import dataclasses, functools, math
 from dataclasses import dataclass
 from typing import Iterator, NamedTuple
 import numpy as np
@@ -399,21 +399,22 @@ def _stages(model: nn.Module) -> list[str]:
     if "blocks" in names: return [f"blocks.{i}" for i in sorted({max(0, len(names["blocks"]) * k // 4 - 1) for k in (1, 2, 3, 4)})]
     raise LabError(f"{type(model).__name__}: no stages are known; name layers, such as {layer_names(model)[-1]!r}, with encoder_layers")
 
-def load_encoder(name: str,            # pixels; a run, its name or a checkpoint of a classifier or masked autoencoder; resnet18 (torchvision); dinov2 or a model of timm
+def load_encoder(name: str,            # pixels; a run, its name or a checkpoint of a classifier or masked autoencoder; resnet18 (torchvision); dinov2 or a model of timm; resnet18=FILE with its weights
                  layers: str = "",     # words; "" is every stage
-                 weights: str = "", size: int = 0, everything: bool = True, device="cpu") -> Encoder:
+                 size: int = 0, everything: bool = True, device="cpu") -> Encoder:
     "The encoder that is meant."
     if name == "pixels": return Encoder()
     if Path(name).exists() or (runs_folder() / name).exists(): net = frozen(name, device, size=size)
     else:
-        try: net = pretrained({"dinov2": "vit_small_patch14_dinov2.lvd142m"}.get(name, name), weights, size, device=device)
+        published, _, weights = name.partition("=")
+        try: net = pretrained({"dinov2": "vit_small_patch14_dinov2.lvd142m"}.get(published, published), weights, size, device=device)
         except LabError as e: raise LabError(f"encoder={name!r} is no run in {runs_folder()} either: {e}") from None
     known, chosen = set(layer_names(net.model)), split_words(layers) or _stages(net.model)
     for layer in chosen:
         if layer not in known: raise unknown(f"layer of {net.name}", layer, known)
     return Encoder(net, chosen, everything)
 
-# %% ../nbs/11_drift.ipynb #c070
+# %% ../nbs/11_drift.ipynb #c073
 @dataclass
 class MaeConfig(FitConfig):
     "A masked autoencoder's training."
@@ -444,7 +445,7 @@ class Reconstruct(Classify):
         with torch.no_grad(): errors = [self.errors(model, model, batch, 0) for batch in batches]
         return {f"{split}/loss": float(self.gather(torch.cat(errors) if errors else torch.empty(0))[0].mean())}
 
-# %% ../nbs/11_drift.ipynb #c071
+# %% ../nbs/11_drift.ipynb #c074
 OWN_ENCODERS = ("mae", "classifier")
 
 def own_encoder(kind: str,     # mae or classifier
@@ -465,7 +466,7 @@ def own_encoder(kind: str,     # mae or classifier
         fit(task, own, Run(own, "encoder"))
     return once(name, train)
 
-# %% ../nbs/11_drift.ipynb #c073
+# %% ../nbs/11_drift.ipynb #c076
 class Reals:
     "The newest features of real images, a ring for each group."
     def __init__(self, groups: int, size: int):
@@ -509,7 +510,7 @@ class Reals:
         device = self.values[0].device if self.values else "cpu"
         self.values = [v.to(device) for v in state["values"]]
 
-# %% ../nbs/11_drift.ipynb #c076
+# %% ../nbs/11_drift.ipynb #c079
 def draw_alpha(n: int, low: float, high: float, power: float, draw: torch.Generator) -> Tensor:
     "Guidance strengths from the density proportional to `alpha^-power` on [low, high]."
     u = torch.rand(n, generator=draw, dtype=torch.float64)
@@ -517,7 +518,7 @@ def draw_alpha(n: int, low: float, high: float, power: float, draw: torch.Genera
     q = 1 - power
     return ((low ** q + u * (high ** q - low ** q)) ** (1 / q)).float()
 
-# %% ../nbs/11_drift.ipynb #c079
+# %% ../nbs/11_drift.ipynb #c082
 @dataclass
 class DriftConfig(FitConfig):
     "Everything a drifting run needs."
@@ -539,21 +540,18 @@ class DriftConfig(FitConfig):
     groups: int = param(0, "classes a step; 0 is all", low=0)
     positives: int = param(64, "real images a group", low=1)
     unconditional: int = param(16, "real images of any class that repel a group, where alpha is above 1", low=1)
-    alpha_min: float = param(1.0, "least guidance strength in training", low=1, high=100)
-    alpha_max: float = param(2.0, "greatest guidance strength in training; 1 is no guidance", low=1, high=100)
+    alpha_max: float = param(2.0, "greatest guidance strength in training, from 1 up; 1 is no guidance", low=1, high=100)
     alpha_power: float = param(3.0, "strengths are drawn from alpha^-power", low=-20, high=20)
     alpha: float = param(1.0, "guidance strength of the samples that are looked at", low=1, high=100)
     temps: tuple = param((0.02, 0.05, 0.2), "temperatures, relative to a mean distance of one")
     sinkhorn_iters: int = param(2, "normalisations of the affinity; 1 is the paper's", low=1, high=100)
     chunk: int = param(0, "rows of the affinity at a time; 0 is all", low=0)
-    encoder: str = param("pixels", "pixels; mae or classifier (trained on these data once, then a run); a run; resnet18; dinov2 or a model of timm")
+    encoder: str = param("pixels", "pixels; mae or classifier (trained on these data once, then a run); a run; resnet18, dinov2 or a model of timm, a file with its weights after an equals sign")
     encoder_epochs: int = param(20, "epochs of mae and classifier", low=1)
     encoder_layers: str = param("", "layers of the encoder; empty is every stage")
-    encoder_weights: str = param("", "file with the weights of a pretrained encoder")
     encoder_size: int = param(0, "side of the images that the encoder sees; 0 is the data's", low=0, high=1024)
     multi_scale: bool = param(True, "locations and windows too; off: mean and deviation of each map")
-    queue: int = param(0, "real images kept a class; 0 is all", low=0)
-    push: int = param(64, "fresh real images a step, where there is a queue", low=1)
+    queue: int = param(0, "real images kept a class, refreshed by `positives` a step; 0 is all", low=0)
     judge: str = param("", "what distances are measured by: a shipped judge, a run, none; empty is the data set's own, where there is one")
     eval_samples: int = param(1000, "generated images an evaluation in training", low=2)
     num_samples: int = param(2000, "generated images of the evaluation at the end", low=2)
@@ -561,9 +559,8 @@ class DriftConfig(FitConfig):
     def __post_init__(self):
         super().__post_init__()
         if not self.temps or any(t <= 0 for t in self.temps): raise LabError(f"temps={self.temps}: expected positive numbers")
-        if self.alpha_min > self.alpha_max: raise LabError(f"alpha_min={self.alpha_min:g} is above alpha_max={self.alpha_max:g}")
-        if not self.alpha_min <= self.alpha <= self.alpha_max: raise LabError(f"alpha={self.alpha:g}: outside what is trained, {self.alpha_min:g} to {self.alpha_max:g}")
-        if self.method == "joint": self.alpha_min = self.alpha_max = self.alpha = 1.0  # no classes to be guided towards
+        if self.alpha > self.alpha_max: raise LabError(f"alpha={self.alpha:g}: outside what is trained, 1 to {self.alpha_max:g}")
+        if self.method == "joint": self.alpha_max = self.alpha = 1.0  # no classes to be guided towards
         if 0 < self.queue < self.positives: raise LabError(f"queue={self.queue} holds fewer than positives={self.positives}; use at least that, or 0")
 
     def models(self) -> list[str]: return list_generators()
@@ -571,7 +568,7 @@ class DriftConfig(FitConfig):
     @property
     def guided(self) -> bool: return self.alpha_max > 1
 
-# %% ../nbs/11_drift.ipynb #c082
+# %% ../nbs/11_drift.ipynb #c085
 class Draw(NamedTuple):
     noise: Tensor     # [B, ...], this process's share
     labels: Tensor    # int64 [B], group by group; zeros without classes
@@ -605,11 +602,11 @@ class Drift(Task):
         if (data.train.flip or data.train.crop_padding) and not cfg.queue: raise LabError("flip and crop_padding need fresh images: use queue=128 or so, or flip='off' and crop_padding=0")
         self._check_counts()
         self.source = own_encoder(cfg.encoder, cfg, data) if cfg.encoder in OWN_ENCODERS else cfg.encoder
-        if self.source != "pixels": load_encoder(self.source, cfg.encoder_layers, cfg.encoder_weights, cfg.encoder_size, cfg.multi_scale)  # refused before anything is written
+        if self.source != "pixels": load_encoder(self.source, cfg.encoder_layers, cfg.encoder_size, cfg.multi_scale)  # refused before anything is written
         self.epoch_sums, self.epoch_count = torch.zeros(2), 0
         if self.judge: self.monitor = (f"eval/{self.judge.column}", "min")
 
-# %% ../nbs/11_drift.ipynb #c083
+# %% ../nbs/11_drift.ipynb #c086
 @patch
 def _check_counts(self: Drift) -> None:
     "Enough real images in each class?"
@@ -627,7 +624,7 @@ def setup(self: Drift, device, rank: int = 0, world: int = 1) -> None:
     if self.per_step % world: raise LabError(f"{self.per_step} groups do not divide among {world} processes; set groups to a multiple")
     cfg, train = self.cfg, self.data.train
     self.judge = in_training_judge(cfg.judge, self.data, device)
-    self.encoder = load_encoder(self.source, cfg.encoder_layers, cfg.encoder_weights, cfg.encoder_size, cfg.multi_scale, device)
+    self.encoder = load_encoder(self.source, cfg.encoder_layers, cfg.encoder_size, cfg.multi_scale, device)
     labels = train.labels if self.model.num_classes else torch.zeros_like(train.labels)
     counts = torch.bincount(labels, minlength=self.classes)
     self.reals = Reals(self.classes, min(cfg.queue, int(counts.max())) if cfg.queue else int(counts.max()))
@@ -638,7 +635,7 @@ def setup(self: Drift, device, rank: int = 0, world: int = 1) -> None:
         order = order[rank_in_class[order] < self.reals.size]
     for rows in order.split(512): self.push(rows)
 
-# %% ../nbs/11_drift.ipynb #c084
+# %% ../nbs/11_drift.ipynb #c087
 @patch
 @torch.no_grad()
 def push(self: Drift, rows: Tensor, number: int = 0) -> None:
@@ -656,13 +653,13 @@ def draw(self: Drift, number: int) -> Draw:
     "What batch `number` begins with; each process has its share of the groups."
     cfg, draw = self.cfg, generator(self.cfg.seed, _DRAW, number)
     groups = torch.randperm(self.classes, generator=draw)[:self.per_step].sort().values
-    alpha = draw_alpha(self.per_step, cfg.alpha_min, cfg.alpha_max, cfg.alpha_power, draw) if cfg.guided else torch.ones(self.per_step)
+    alpha = draw_alpha(self.per_step, 1., cfg.alpha_max, cfg.alpha_power, draw) if cfg.guided else torch.ones(self.per_step)
     noise = torch.randn(cfg.batch_size, *self.model.noise_shape, generator=draw)
     mine = slice(self.rank * self.per_step // self.world, (self.rank + 1) * self.per_step // self.world)
     noise = noise.view(self.per_step, self.generated, *self.model.noise_shape)[mine].flatten(0, 1)
     return Draw(noise.to(self.device), groups[mine].repeat_interleave(self.generated).to(self.device), alpha[mine].to(self.device), groups[mine].tolist(), number)
 
-# %% ../nbs/11_drift.ipynb #c085
+# %% ../nbs/11_drift.ipynb #c088
 @patch
 def loss(self: Drift, batch: Draw, step: int):
     cfg, G, N = self.cfg, len(batch.groups), self.generated
@@ -688,7 +685,7 @@ def loss(self: Drift, batch: Draw, step: int):
 @patch
 def fresh(self: Drift, number: int) -> Tensor:
     "Rows of the real images that batch `number` brings: the training images, order by order."
-    n, push = len(self.data.train), self.cfg.push
+    n, push = len(self.data.train), self.cfg.positives
     at = torch.arange(number * push, (number + 1) * push)
     orders = {int(p): torch.randperm(n, generator=generator(self.cfg.seed, _FRESH, 1 + int(p))) for p in (at // n).unique()}
     return torch.stack([orders[int(a // n)][a % n] for a in at])
@@ -711,7 +708,7 @@ def load_state(self: Drift, state: dict) -> None:
     self.epoch_sums, self.epoch_count = state["epoch"][0].to(self.device), state["epoch"][1]
     if self.cfg.queue: self.reals.load_state(state["reals"])
 
-# %% ../nbs/11_drift.ipynb #c086
+# %% ../nbs/11_drift.ipynb #c089
 def in_training_judge(name: str, data: Dataset, device="cpu") -> Extractor | None:
     "The judge of a configuration; none where the data set has no own of this size and none is named."
     own = default_judge(data.name)
@@ -760,11 +757,11 @@ def preview(self: Drift, model: Generator, run: Run) -> None:
 @patch
 def facts(self: Drift) -> dict:
     d, c = self.data, self.cfg
-    return dict(kind="generator", dataset=d.name, mean=list(d.mean), std=list(d.std), classes=list(d.classes), image_size=d.image_size, data_sha256=d.sha256, alpha_min=c.alpha_min, alpha_max=c.alpha_max)
+    return dict(kind="generator", dataset=d.name, mean=list(d.mean), std=list(d.std), classes=list(d.classes), image_size=d.image_size, data_sha256=d.sha256, alpha_min=1., alpha_max=c.alpha_max)
 
 def drifter(cfg: DriftConfig, data: Dataset) -> Generator:
     "The generator of a configuration, with weights that depend on its seed alone; it starts from the mean image."
     seed_everything(cfg.seed, cfg.deterministic)
-    model = create_generator(cfg.model, data.num_classes if cfg.method == "class" else 0, data.channels, data.image_size, cfg.alpha_min, cfg.alpha_max)
+    model = create_generator(cfg.model, data.num_classes if cfg.method == "class" else 0, data.channels, data.image_size, 1., cfg.alpha_max)
     model.set_mean(data.train.images.float().mean(0).permute(2, 0, 1) / 127.5 - 1)
     return model

@@ -247,7 +247,7 @@ def check_alpha(model: Generator, alpha: float) -> None:
     "A strength that the generator was not trained for is refused."
     low, high = model.alpha_range
     if not low <= alpha <= high:
-        raise LabError(f"alpha={alpha:g}: this generator was trained {f'for {low:g} to {high:g}' if high > low else f'without guidance (alpha {low:g})'}; stay inside, or train with other alpha_min and alpha_max")
+        raise LabError(f"alpha={alpha:g}: this generator was trained {f'for {low:g} to {high:g}' if high > low else f'without guidance (alpha {low:g})'}; stay inside, or train with another alpha_max")
 
 def sample_batches(model: Generator,
                    labels: Tensor | None,  # int64 [N]; None without classes

@@ -20,14 +20,14 @@ from .plots import COLOURS, Figure, Picture, _styled
 from .track import resolve_artifact
 
 # %% auto #0
-__all__ = ['GATES', 'LOSSES', 'WEIGHTS', 'METHODS', 'FEATURE_WEIGHTS', 'KINDS', 'PAGE', 'FEATURES', 'kd_loss', 'dkd_loss',
-           'nkd_loss', 'dist_loss', 'mlkd_loss', 'standardize', 'ls', 'uniform_weights', 'ca_weights',
-           'entropy_weights', 'most_confident_weights', 'aekd_weights', 'gate_bounds', 'gate', 'gate_saturated',
-           'Composition', 'composition', 'distill_terms', 'FitNet', 'attention_transfer', 'similarity_preserving',
-           'relational', 'class_groups', 'drift_term', 'Teacher', 'load_teacher', 'Teachers', 'halves',
-           'fit_temperature', 'log_odds', 'quantiles_by_class', 'transport', 'Calibration', 'plot_confidences',
-           'cache_bytes', 'disk_bytes', 'cache_facts', 'cache_folder', 'ViewCache', 'HostBatches', 'DistillConfig',
-           'train_teachers', 'train_baseline', 'Distill', 'ensemble', 'plot_gates', 'evaluate_student']
+__all__ = ['GATES', 'LOSSES', 'WEIGHTS', 'METHODS', 'FEATURE_WEIGHTS', 'KINDS', 'PAGE', 'kd_loss', 'dkd_loss', 'nkd_loss',
+           'dist_loss', 'mlkd_loss', 'standardize', 'ls', 'uniform_weights', 'ca_weights', 'entropy_weights',
+           'most_confident_weights', 'aekd_weights', 'gate_bounds', 'gate', 'gate_saturated', 'Composition',
+           'composition', 'distill_terms', 'FitNet', 'attention_transfer', 'similarity_preserving', 'relational',
+           'class_groups', 'drift_term', 'Teacher', 'load_teacher', 'Teachers', 'halves', 'fit_temperature', 'log_odds',
+           'quantiles_by_class', 'transport', 'Calibration', 'plot_confidences', 'cache_bytes', 'disk_bytes',
+           'cache_facts', 'cache_folder', 'ViewCache', 'HostBatches', 'DistillConfig', 'train_teachers',
+           'train_baseline', 'Distill', 'ensemble', 'plot_gates', 'evaluate_student']
 
 # %% ../nbs/12_kd.ipynb #c005
 def _wide(x: Tensor) -> Tensor: return x if x.dtype == torch.float64 else x.float()
@@ -304,7 +304,7 @@ class Composition:
     end: float = 0.             # of a schedule at the end of training
     gamma: float = 10.          # steepness of a confidence gate
     threshold: float = .5       # where a confidence gate is one half
-    warmup: float = 0.          # epochs until the soft loss counts fully
+    warmup: float = 0.          # share of training until the soft loss counts fully
     standardized: bool = False  # z-scores of the logits
     reduction: str = "sample"   # batch: weights and gate averaged over the batch first
     options: dict = field(default_factory=dict) # of the loss: alpha and beta of dkd, ...
@@ -313,7 +313,7 @@ class Composition:
     def __post_init__(self):
         for what, allowed in (("loss", ("", *LOSSES)), ("weights", WEIGHTS), ("gate", GATES), ("combine", ("mix", "add")), ("reduction", ("sample", "batch"))):
             if getattr(self, what) not in allowed: raise unknown(what, getattr(self, what), allowed)
-        for what, top in (("T", math.inf), ("weight", math.inf), ("alpha", math.inf), ("value", 1), ("end", 1), ("gamma", math.inf), ("threshold", 1), ("warmup", math.inf)):
+        for what, top in (("T", math.inf), ("weight", math.inf), ("alpha", math.inf), ("value", 1), ("end", 1), ("gamma", math.inf), ("threshold", 1), ("warmup", 1)):
             v = getattr(self, what)
             if not isinstance(v, (int, float)) or isinstance(v, bool) or not 0 <= v <= top or v == math.inf: raise LabError(f"{what}={v!r}: expected a number from 0{f' to {top}' if top == 1 else ' upwards'}")
         known = set(inspect.signature(LOSSES[self.loss][0]).parameters) - {"student", "teacher", "labels", "T"} if self.loss else set()
@@ -331,7 +331,7 @@ METHODS = {
     "ca_weighted": Composition(weights="ca", combine="add", names=("kl", "ce")),
     "dynamic": Composition(weights="ca", gate="confidence", alpha=.5),
     "confidence": Composition(weights="most_confident", gate="max_confidence"),
-    "dkd": Composition("dkd", combine="add", warmup=20.),
+    "dkd": Composition("dkd", combine="add", warmup=1 / 12), # 20 of 240 epochs
     "nkd": Composition("nkd", combine="add"),
     "dist": Composition("dist", combine="add"),
     "mlkd": Composition("mlkd", value=.9),
@@ -379,9 +379,8 @@ def distill_terms(method: str | Composition,      # a name for `composition`, or
                   student_logits: Tensor,         # [B, C]
                   teacher_logits: Tensor | None,  # [K, B, C]; method none needs none
                   labels: Tensor,                 # [B]
-                  progress: float = 0.,           # the part of training that is done, 0 to 1; a schedule needs it
+                  progress: float | None = None,  # the part of training that is done, 0 to 1; a schedule and a warm-up need it
                   confidences: Tensor | None = None, # [K, B], calibrated or cross-fitted p_k(y) instead of the softmax of the logits
-                  epoch: float | None = None,     # a warm-up needs it
                   label_smoothing: float = 0.,
                   **fields,                       # of Composition, such as reduction="batch"
                  ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -396,11 +395,12 @@ def distill_terms(method: str | Composition,      # a name for `composition`, or
     if teacher_logits is None: raise LabError("this method needs teachers: give their logits [K, B, C], or choose method none")
     if isinstance(teacher_logits, Tensor) and teacher_logits.ndim == 3 and teacher_logits.shape[1:] != student.shape: raise LabError(f"student logits {list(student.shape)} and teacher logits {list(teacher_logits.shape)}: expected [B, C] and [K, B, C] with the same samples and the same classes")
     _check_teachers(teacher_logits, labels)
-    if m.warmup and epoch is None: raise LabError(f"warmup={m.warmup:g} epochs: give the epoch, or warmup=0")
+    if progress is None and (m.warmup or m.gate == "schedule"): raise LabError(f"{'warmup=' + format(m.warmup, 'g') if m.warmup else 'a schedule'} needs progress, the part of training that is done")
+    progress = progress or 0.
     teacher_logits, confidences = teacher_logits.detach(), confidences.detach() if isinstance(confidences, Tensor) else confidences
     soft, metrics = _soft(m, student, teacher_logits, labels, confidences)
     g, shown = _gate(m, teacher_logits, labels, progress, confidences)
-    scale = (m.weight or (9. if m.standardized else 1.)) * (min(epoch / m.warmup, 1.) if m.warmup else 1.)
+    scale = (m.weight or (9. if m.standardized else 1.)) * (min(progress / m.warmup, 1.) if m.warmup else 1.)
     total = (g * scale * soft + (1 - g if m.combine == "mix" else 1.) * m.alpha * hard).mean()
     losses = {f"train/loss_{name}": value.detach().mean() for name, value in zip(m.names, (soft, hard))}
     return total, losses | {"train/loss_total": total.detach()} | shown | metrics
@@ -481,7 +481,7 @@ def relational(student: Tensor, # [B, ...]
     angles = F.smooth_l1_loss(e_s @ e_s.mT, e_t @ e_t.mT)
     return distance * F.smooth_l1_loss(relative(d_s), relative(d_t)) + angle * angles
 
-FEATURE_WEIGHTS = {"fitnet": 100., "attention": 1000., "similarity": 3000., "relational": 1.}  # of the term beside the logit loss; the drift term is not published for classification
+FEATURE_WEIGHTS = {"fitnet": 100., "attention": 1000., "similarity": 3000., "relational": 1., "drift": .1}  # of the term beside the logit loss; drift is not published for classification, its weight is a guess
 
 # %% ../nbs/12_kd.ipynb #c076
 def class_groups(labels: Tensor,   # [B]
@@ -914,7 +914,6 @@ def fill(self: ViewCache,
 @patch
 def cache(self: Teachers,
           folder: str | Path = "",  # "" is runs/.cache/teachers, which all runs share
-          limit_gb: float = 50.0,   # refuse to take more than this, all teachers together
           epochs: int = 0,          # that will be seen; 0: all views, as `fill` makes them
           seeds: int = 1,           # that will see them
          ) -> str:
@@ -927,8 +926,7 @@ def cache(self: Teachers,
     words = f"{len(self)} teacher{'s' if len(self) > 1 else ''}, {views} views of {images:,} images, {data.num_classes} classes: at most {need / 1e9:.2g} GB in {place}"
     there = next(p for p in (place, *place.absolute().parents) if p.exists())
     free = shutil.disk_usage(there).free
-    if need > limit_gb * 1e9: raise LabError(f"the teacher cache is too large ({words}; the limit is {limit_gb:g} GB); raise the limit, or let teachers run live")
-    if need - sum(map(disk_bytes, folders)) > free: raise LabError(f"no room for the teacher cache ({words}; {free / 1e9:.2g} GB are free); free the disk, or let teachers run live")
+    if need - sum(map(disk_bytes, folders)) > free / 2: raise LabError(f"the teacher cache would take over half of the disk's free room ({words}; {free / 1e9:.2g} GB are free); free the disk, use cache='lazy', or let teachers run live")
     self.caches = [ViewCache(t, data, folder) for t in self.all]
     return words
 
@@ -947,9 +945,6 @@ from .models import activations
 from .train import Classify, TrainConfig, classification_metrics, classifier, fit, normalize, prepare, undisturbed
 
 # %% ../nbs/12_kd.ipynb #c134
-FEATURES = ("fitnet", "attention", "similarity", "relational", "drift")
-_DRIFT_WEIGHT = 0.1  # of the drift term beside a logit loss: a guess, nothing is published
-
 @dataclass
 class DistillConfig(TrainConfig):
     "Everything a distilling run needs."
@@ -958,42 +953,37 @@ class DistillConfig(TrainConfig):
     val_fraction: float = param(0.2, "share of the training images kept: half to calibrate teachers, half for selection", low=0, high=0.9)
     eval_every: int = param(5, "epochs between evaluations; the end always is one", low=1)
     teachers: str = param("", "runs, folders, files, artifacts or published networks, in words; empty trains own ones, once")
-    own_teachers: int = param(3, "how many own teachers, where teachers is empty", low=1, high=100)
-    teacher_model: str = param("resnet14", "network of own teachers")
+    teacher_models: str = param("resnet14 resnet14 resnet14", "networks of own teachers, in words")
     teacher_epochs: int = param(20, "epochs of own teachers", low=1, high=100_000)
-    teacher_precision: str = param("fp32", "fp32 or bf16", choices=("fp32", "bf16"))
     temperature: float = param(0.0, "temperature of the logits; 0 is the loss's own", low=0, high=1000)
     kd_weight: float = param(0.0, "weight of the soft loss; 0 is the method's own", low=0, high=1e6)
     kd_alpha: float = param(0.0, "weight of the label's cross-entropy; 0 is the method's own", low=0, high=1e6)
-    kd_warmup: float = param(-1.0, "epochs until the soft loss counts fully; below 0 is the method's own", low=-1, high=1e6)
     gamma: float = param(0.0, "steepness of a confidence gate; 0 is the method's own", low=0, high=1e6)
     threshold: float = param(0.0, "confidence at which such a gate is one half; 0 is the method's own", low=0, high=1)
     beta: float = param(0.0, "weight among the other classes in dkd, of rows in dist; 0 is the loss's own", low=0, high=1e6)
     reduction: str = param("sample", "sample, or batch: weights and gate averaged over the batch first", choices=("sample", "batch"))
     confidences: str = param("raw", "raw, calibrated, crossfit or label_free, where the method weighs by confidence", choices=KINDS)
-    feature: str = param("", "a feature term beside the logits: fitnet, attention, similarity, relational or drift; empty is none", choices=("", *FEATURES))
-    feature_weight: float = param(0.0, "weight of the feature term; 0 is its own", low=0, high=1e9)
-    student_layers: str = param("", "layers of the student that the feature term sees; empty is the last stage")
-    teacher_layers: str = param("", "layers of the teachers, as many; empty is the last stage")
+    feature: str = param("", "a feature term beside the logits: fitnet, attention, similarity, relational or drift; another weight than its own after an equals sign; empty is none")
+    feature_layers: str = param("", "layers that it sees, in words; the teachers' after an equals sign, where they are called otherwise; empty is the last stage")
     cache: str = param("off", "teachers' logits on the disk: off, lazy or ahead", choices=("off", "lazy", "ahead"))
-    cache_gb: float = param(50.0, "most that the cache may take, all teachers together", low=0, high=1e6)
     baseline: bool = param(True, "train the same student without teachers, once, to compare with")
 
-    NOT_COMPARED = (*TrainConfig.NOT_COMPARED, "cache_gb", "baseline")
+    NOT_COMPARED = (*TrainConfig.NOT_COMPARED, "baseline")
 
     def __post_init__(self):
         super().__post_init__()
         m = self.composition()
         unused = {"gamma": m.gate != "confidence", "threshold": m.gate != "confidence", "reduction": m.weights in ("uniform", "most_confident") and m.gate in ("constant", "schedule"),
-                  "confidences": m.weights not in ("ca", "most_confident") and m.gate not in ("confidence", "max_confidence"), **{k: not self.feature for k in ("feature_weight", "student_layers", "teacher_layers")}}
-        if not m.loss: unused |= dict.fromkeys(("teachers", "temperature", "kd_weight", "kd_alpha", "kd_warmup", "beta", "feature", "cache"), True)
+                  "confidences": m.weights not in ("ca", "most_confident") and m.gate not in ("confidence", "max_confidence"), "feature_layers": not self.feature}
+        if not m.loss: unused |= dict.fromkeys(("teachers", "temperature", "kd_weight", "kd_alpha", "beta", "feature", "cache"), True)
         for name, why in unused.items():
-            if why and getattr(self, name) != self.default(name): raise LabError(f"{name}={getattr(self, name)!r} does nothing with method {self.method!r}" + (" and no feature term" if "_" in name and not self.feature and m.loss else "") + "; leave it out, or choose another method")
+            if why and getattr(self, name) != self.default(name): raise LabError(f"{name}={getattr(self, name)!r} does nothing with method {self.method!r}" + (" and no feature term" if name == "feature_layers" and m.loss else "") + "; leave it out, or choose another method")
         if m.loss and self.noise: raise LabError(f"noise={self.noise:g}: teachers see the student's views, and noise is none; use noise=0")
         if self.confidences in ("calibrated", "crossfit") and not self.val_fraction: raise LabError(f"confidences={self.confidences!r} need validation images; use val_fraction above 0, or 'raw' or 'label_free'")
-        if self.feature and self.compile: raise LabError("a feature term looks into the network with hooks; use compile=False, or no feature")
-        if self.feature in ("fitnet", "drift") and self.processes > 1: raise LabError(f"feature={self.feature!r} trains a regressor that processes would not share; use processes=1, or another feature term")
-        if len(split_words(self.student_layers)) != len(split_words(self.teacher_layers)): raise LabError(f"student_layers={self.student_layers!r} and teacher_layers={self.teacher_layers!r}: expected as many of each, in pairs")
+        term = self.term()[0]
+        if term and self.compile: raise LabError("a feature term looks into the network with hooks; use compile=False, or no feature")
+        if term in ("fitnet", "drift") and self.processes > 1: raise LabError(f"feature={self.feature!r} trains a regressor that processes would not share; use processes=1, or another feature term")
+        if not self.teachers and not self.teacher_models and m.loss: raise LabError(f"method {self.method!r} needs teachers: name them, or the networks of own ones in teacher_models")
 
     def default(self, name: str): return next(f.default for f in dataclasses.fields(self) if f.name == name)
 
@@ -1001,39 +991,55 @@ class DistillConfig(TrainConfig):
         "The method with the fields that are given."
         given = dict(T=self.temperature, weight=self.kd_weight, alpha=self.kd_alpha, gamma=self.gamma, threshold=self.threshold)
         if self.method == "none": return METHODS["none"]
-        given = {k: v for k, v in given.items() if v} | ({"warmup": self.kd_warmup} if self.kd_warmup >= 0 else {}) | ({"options": {"beta": self.beta}} if self.beta else {})
+        given = {k: v for k, v in given.items() if v} | ({"options": {"beta": self.beta}} if self.beta else {})
         return composition(self.method, reduction=self.reduction, **given)
 
 # %% ../nbs/12_kd.ipynb #c136
+@patch
+def term(self: DistillConfig) -> tuple[str, float]: # "" is none
+    "The feature term and its weight."
+    name, equals, weight = self.feature.partition("=")
+    if name not in ("", *FEATURE_WEIGHTS): raise unknown("feature", name, FEATURE_WEIGHTS)
+    try: value = float(weight) if equals else FEATURE_WEIGHTS.get(name, 0.)
+    except ValueError: value = -1.
+    if not 0 <= value < math.inf or equals and not name: raise LabError(f"feature={self.feature!r}: expected a weight after =, as in drift=0.3")
+    return name, value
+
+@patch
+def layers(self: DistillConfig) -> tuple[list[str], list[str]]: # of the student, of the teachers
+    pairs = [word.partition("=") for word in split_words(self.feature_layers)]
+    return [mine for mine, _, _ in pairs], [theirs or mine for mine, _, theirs in pairs]
+
+# %% ../nbs/12_kd.ipynb #c138
 _RECIPE = ("dataset", "data_root", "image_size", "limit", "val_fraction", "split_seed", "flip", "crop_padding", "normalization", "deterministic", "device", "threads", "batch_size",
            "optimizer", "lr", "momentum", "betas", "weight_decay", "schedule", "milestones", "final_lr", "warmup", "grad_clip", "precision", "compile")
 
-def train_teachers(cfg: DistillConfig) -> list[str]: # the names of their runs
+def train_teachers(cfg: DistillConfig, data: Dataset) -> list[str]: # the names of their runs
     "Train the teachers of a configuration, unless their runs are there."
     names = []
-    for seed in range(1, cfg.own_teachers + 1):
-        own = TrainConfig(**{k: getattr(cfg, k) for k in _RECIPE}, model=cfg.teacher_model, seed=seed, epochs=cfg.teacher_epochs, eval_every=cfg.teacher_epochs, save_every=max(1, cfg.teacher_epochs // 10), tracker="none", resume=True)
-        own.run_name = f"teacher-{own.dataset}-{own.model}-s{seed}-{own.hash()[:8]}"
+    for seed, model in enumerate(split_words(cfg.teacher_models), 1):
+        own = TrainConfig(**{k: getattr(cfg, k) for k in _RECIPE}, model=model, seed=seed, epochs=cfg.teacher_epochs, eval_every=cfg.teacher_epochs, save_every=max(1, cfg.teacher_epochs // 10), tracker="none", resume=True)
+        own.run_name = f"teacher-{own.dataset}-{model}-s{seed}-{own.hash()[:8]}-{data.sha256[:8]}"
         def make():
-            data = prepare(own)
-            fit(Classify(classifier(own, data), data, own), own, Run(own, "teacher"))
+            fresh = prepare(own)
+            fit(Classify(classifier(own, fresh), fresh, own), own, Run(own, "teacher"))
         names.append(once(own.run_name, make))
     return names
 
-def train_baseline(cfg: DistillConfig) -> str: # the name of its run
+def train_baseline(cfg: DistillConfig, data: Dataset) -> str: # the name of its run
     "The same student, seed and recipe without teachers, unless its run is there."
     of_teaching = {f.name for f in dataclasses.fields(DistillConfig)} - {f.name for f in dataclasses.fields(TrainConfig)}
     own = dataclasses.replace(cfg, **{k: cfg.default(k) for k in of_teaching} | dict(method="none", baseline=False, run_name="", tracker="none", resume=True))
-    own.run_name = f"baseline-{own.dataset}-{own.model}-s{own.seed}-{own.hash()[:8]}"
+    own.run_name = f"baseline-{own.dataset}-{own.model}-s{own.seed}-{own.hash()[:8]}-{data.sha256[:8]}"
     def make():
-        data = prepare(own)
-        fit(Distill(classifier(own, data), data, own), own, Run(own, "distill"))
+        fresh = prepare(own)
+        fit(Distill(classifier(own, fresh), fresh, own), own, Run(own, "distill"))
     return once(own.run_name, make)
 
-# %% ../nbs/12_kd.ipynb #c138
+# %% ../nbs/12_kd.ipynb #c140
 def _last_stage(model: nn.Module, whose: str) -> list[str]:
     stages = getattr(model, "stages", None)
-    if not isinstance(stages, list): raise LabError(f"{whose} has no stages to choose the last of; name {whose.split()[0]}_layers")
+    if not isinstance(stages, list): raise LabError(f"{whose} has no stages to choose the last of; name feature_layers")
     return stages[-1:]
 
 class Distill(Classify):
@@ -1041,14 +1047,16 @@ class Distill(Classify):
     def __init__(self, model: nn.Module, data: Dataset, cfg: DistillConfig):
         super().__init__(model, data, cfg)
         self.method, self.teachers, self.regressors, self.chosen = cfg.composition(), None, nn.ModuleDict(), {}
+        self.feature, self.feature_weight = cfg.term()
         self.selection = halves(data.val, cfg.split_seed)[1]
         if self.method.loss:
-            self.sources = split_words(cfg.teachers) or train_teachers(cfg)
+            self.sources = split_words(cfg.teachers) or train_teachers(cfg, data)
             self.teachers = self.load_teachers("cpu")
-            if cfg.feature: self.layers = split_words(cfg.student_layers) or _last_stage(model, "student"), [split_words(cfg.teacher_layers) or _last_stage(t.net.model, f"teacher {t.name}") for t in self.teachers]
+            mine, theirs = cfg.layers()
+            if cfg.feature: self.layers = mine or _last_stage(model, "student"), [theirs or _last_stage(t.net.model, f"teacher {t.name}") for t in self.teachers]
 
     def load_teachers(self, device) -> Teachers:
-        return Teachers(self.sources, self.data, device, torch.bfloat16 if self.cfg.teacher_precision == "bf16" else torch.float32)
+        return Teachers(self.sources, self.data, device, torch.bfloat16 if self.cfg.precision == "bf16" else torch.float32)
 
     def setup(self, device, rank: int = 0, world: int = 1) -> None:
         super().setup(device, rank, world)
@@ -1057,11 +1065,11 @@ class Distill(Classify):
         self.total = cfg.steps or cfg.epochs * self.epoch_steps
         if not self.teachers: return
         if torch.device(device).type != "cpu": self.teachers = self.load_teachers(device)
-        if cfg.cache != "off": self.teachers.cache(limit_gb=cfg.cache_gb, epochs=math.ceil(self.total / self.epoch_steps) if cfg.cache == "lazy" else 0)
+        if cfg.cache != "off": self.teachers.cache(epochs=math.ceil(self.total / self.epoch_steps) if cfg.cache == "lazy" else 0)
         if cfg.cache == "ahead":
             for cache in self.teachers.caches: cache.fill(rank=rank, world=world)
         if len(self.data.val): self.teachers.calibrate(cfg.split_seed)
-        if cfg.feature in ("fitnet", "drift"): self.make_regressors()
+        if self.feature in ("fitnet", "drift"): self.make_regressors()
 
     def batches(self, epoch: int) -> HostBatches:
         return HostBatches(self.data.train, self.cfg.batch_size, self.cfg.seed, epoch, rank=self.rank, world=self.world, device=self.device)
@@ -1069,13 +1077,13 @@ class Distill(Classify):
     def loss(self, batch: Batch, step: int):
         cfg, x = self.cfg, normalize(batch.x, self.data.mean, self.data.std)
         if cfg.noise: x = x + torch.rand(len(x), 1, 1, 1, device=x.device) * torch.randn_like(x) * self.noise
-        with activations(self.model, self.layers[0]) if cfg.feature else contextlib.nullcontext() as inside: logits = self.net(x)
+        with activations(self.model, self.layers[0]) if self.feature else contextlib.nullcontext() as inside: logits = self.net(x)
         teacher_logits, taught = self.ask(batch) if self.teachers else (None, [])
         confidences = self.teachers.confidences(teacher_logits, batch, cfg.confidences) if cfg.confidences != "raw" else None
-        loss, metrics = distill_terms(self.method, logits, teacher_logits, batch.y, min(step / self.total, 1.), confidences, step / self.epoch_steps, cfg.label_smoothing)
-        if cfg.feature:
+        loss, metrics = distill_terms(self.method, logits, teacher_logits, batch.y, min(step / self.total, 1.), confidences, cfg.label_smoothing)
+        if self.feature:
             term = self.feature_loss(inside, taught, batch.y)
-            loss = loss + (cfg.feature_weight or FEATURE_WEIGHTS.get(cfg.feature, _DRIFT_WEIGHT)) * term
+            loss = loss + self.feature_weight * term
             metrics |= {"train/loss_feature": term.detach(), "train/loss_total": loss.detach()}
         return loss, metrics | {"train/accuracy": (logits.detach().argmax(1) == batch.y).float().mean()}
 
@@ -1084,11 +1092,11 @@ class Distill(Classify):
     def load_state(self, state: dict) -> None: self.regressors.load_state_dict(state["regressors"])
     def part(self, split: str) -> Split: return self.selection if split == "val" else super().part(split)
 
-# %% ../nbs/12_kd.ipynb #c140
+# %% ../nbs/12_kd.ipynb #c142
 @patch
 def ask(self: Distill, batch: Batch) -> tuple[Tensor, list]: # [K, B, C], and for each teacher its features by layer
     "What the teachers say of a batch."
-    if not self.cfg.feature: return self.teachers(batch), []
+    if not self.feature: return self.teachers(batch), []
     taught, live = [], []
     for teacher, names in zip(self.teachers, self.layers[1]):
         with activations(teacher.net, names) as seen: live.append(teacher.logits(batch.x))
@@ -1100,7 +1108,7 @@ def _pooled(f: Tensor) -> Tensor: return f.mean((2, 3)) if f.ndim == 4 else f
 @patch
 def feature_loss(self: Distill, inside: dict, taught: list, labels: Tensor) -> Tensor:
     "The mean of the feature term over teachers and layers."
-    terms, kind = [], self.cfg.feature
+    terms, kind = [], self.feature
     for k, features in enumerate(taught):
         for i, (name, t) in enumerate(zip(self.layers[0], features)):
             s, regressor = inside[name], self.regressors[f"{k}_{i}"] if f"{k}_{i}" in self.regressors else None
@@ -1119,13 +1127,13 @@ def make_regressors(self: Distill) -> None:
         with activations(teacher.net, names) as seen: teacher.logits(x)
         for i, (mine, theirs) in enumerate(zip(self.layers[0], names)):
             widths = inside[mine].shape[1], seen[theirs].shape[1]
-            if self.cfg.feature == "drift" and widths[0] == widths[1]: continue
+            if self.feature == "drift" and widths[0] == widths[1]: continue
             with torch.random.fork_rng(devices=[]):
                 torch.default_generator.manual_seed(1000 * self.cfg.seed + 10 * k + i)
                 self.regressors[f"{k}_{i}"] = FitNet(*widths)
     self.regressors.to(self.device)
 
-# %% ../nbs/12_kd.ipynb #c141
+# %% ../nbs/12_kd.ipynb #c143
 @torch.no_grad()
 def ensemble(teachers: Teachers, batches) -> Tensor: # [N]
     "The class of the teachers' mean probability."
@@ -1152,7 +1160,7 @@ def summary(self: Distill) -> dict: return self.taught_by()
 @patch
 def facts(self: Distill) -> dict: return Classify.facts(self) | self.taught_by()
 
-# %% ../nbs/12_kd.ipynb #c151
+# %% ../nbs/12_kd.ipynb #c153
 @patch
 @torch.no_grad()
 def gates(self: Distill, epoch: int) -> tuple[Tensor, Tensor]: # [N], [K, N]
@@ -1186,7 +1194,7 @@ def plot_gates(seen: dict,        # epoch -> (gate [N], weights [K, N]), as Dist
     fig.suptitle(title or f"The gate is {g.mean():.2f} on average; weights differ by {w.std(0).mean() if len(w) > 1 else 0:.2f} (standard deviation) within a sample", fontsize=10)
     return fig
 
-# %% ../nbs/12_kd.ipynb #c155
+# %% ../nbs/12_kd.ipynb #c157
 def evaluate_student(source,               # run name, run folder, checkpoint file or artifact
                      split: str = "test",  # or val
                      teachers: str = "",   # to agree with; empty: those that the checkpoint names

@@ -21,7 +21,7 @@ def test_the_notebook_reads_as_a_report(lab):
 
 @pytest.mark.parametrize("queue", [0, 20])
 def test_killed_and_resumed_is_the_same(lab, queue):
-    settings = SMALL | dict(queue=queue, push=16, steps=60, eval_every=30)
+    settings = SMALL | dict(queue=queue, steps=60, eval_every=30)
     assert train(run_name="whole", **settings).returncode == 0
     process = train(run_name="killed", wait=False, **settings)
     end = time.monotonic() + 120

@@ -38,7 +38,7 @@ def test_every_notebook_is_clean_and_small(path):
 
 @each("path", NOTEBOOKS)
 def test_no_cell_is_longer_than_a_screen(path):
-    long = {source.splitlines()[1]: n for c, source in cells(path) if c["cell_type"] == "code" and "parameters" not in c["metadata"].get("tags", []) and (n := len(source.splitlines())) > 60}
+    long = {source.splitlines()[1]: n for c, source in cells(path) if c["cell_type"] == "code" and (n := len(source.splitlines())) > 60}
     assert not long, f"{path.name}: {long}"
 
 @each("path", LIBRARY)
