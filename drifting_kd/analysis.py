@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 from .core import LabError, Parameters, check_run_name, generator, param, unknown
 from .data import Batches, Split, normalize
-from .models import (BATCHNORMS, CONVOLUTIONS, BasicBlock, Bottleneck, Frozen, ResNet, _resolve, activations, checkpoint_model, layer_names, load_checkpoint, model_name, output_sizes,
+from .models import (BATCHNORMS, CONVOLUTIONS, BasicBlock, Bottleneck, Frozen, ResNet, checkpoint_file, activations, checkpoint_model, layer_names, load_checkpoint, model_name, output_sizes,
                                 parameter_layers)
 from .train import undisturbed
 
@@ -41,7 +41,7 @@ def solution(source: str | Path, # a run folder, a run's name or a checkpoint fi
              device="cpu",
             ) -> Solution:
     "The inference model of a run, whole: BatchNorm is kept, and weights can be moved and differentiated."
-    path = _resolve(source)
+    path = checkpoint_file(source)
     checkpoint = load_checkpoint(path)
     facts = checkpoint["task"] or {}
     if not facts.get("mean") or not facts.get("std"): raise LabError(f"{path} does not say how its images were normalised; give a run that trained a classifier")

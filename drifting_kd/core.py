@@ -13,8 +13,8 @@ from fastcore.basics import patch
 __all__ = ['SCHEMA', 'DETERMINISTIC', 'PACKAGES', 'LabError', 'unknown', 'project_root', 'runs_folder', 'working_folder',
            'environ', 'plain', 'atomic_write', 'write_json', 'read_json', 'mix', 'generator', 'seed_everything',
            'choose_device', 'import_torchvision', 'need', 'param', 'check_value', 'Parameters', 'Config', 'split_words',
-           'check_run_name', 'watch_parameters', 'git_state', 'environment', 'locked', 'once', 'run_state', 'Run',
-           'read_metrics', 'list_runs']
+           'check_run_name', 'watch_parameters', 'git_state', 'environment', 'try_lock', 'locked', 'once', 'run_state',
+           'Run', 'read_metrics', 'list_runs']
 
 # %% ../nbs/00_core.ipynb #c005
 SCHEMA = 1  # version of every JSON file a run writes
@@ -315,7 +315,7 @@ def _processor() -> str | None:
     return next((l.split(":", 1)[1].strip() for l in lines if l.startswith("model name")), None)
 
 # %% ../nbs/00_core.ipynb #c046
-def _lock(path: Path, mode: str = "a+"):
+def try_lock(path: Path, mode: str = "a+"):
     "An exclusive lock that the system drops when the process dies; None if another process holds it."
     handle = open(path, mode)
     try:
@@ -333,7 +333,7 @@ def locked(path: Path,           # a file for the lock; its folder is made
     "Within the block no other process is in it."
     path.parent.mkdir(parents=True, exist_ok=True)
     end = time.monotonic() + seconds
-    while (handle := _lock(path)) is None:
+    while (handle := try_lock(path)) is None:
         if time.monotonic() > end: raise LabError(f"{path} is held by another process for {seconds:g} s; stop it")
         time.sleep(.01)
     try: yield
@@ -355,7 +355,7 @@ def run_state(path: Path) -> str:
     if (path / "metrics.json").exists(): return "finished"
     if not (path / ".lock").exists(): return "stopped"
     if str(path) in Run.held: return "running"
-    handle = _lock(path / ".lock", "r")
+    handle = try_lock(path / ".lock", "r")
     if handle is None: return "running"
     handle.close()
     return "stopped"
@@ -408,7 +408,7 @@ def _create(self: Run, folder: Path) -> Path:
 def _take_lock(self: Run) -> None:
     if old := Run.held.pop(str(self.path), None): old.close()
     for _ in range(20):  # somebody may be looking (`run_state`) at this very moment
-        if handle := _lock(self.path / ".lock"): break
+        if handle := try_lock(self.path / ".lock"): break
         time.sleep(0.05)
     else: raise LabError(f"run {self.name} is being written by another process; wait for it, stop it, or use another run_name")
     Run.held[str(self.path)] = handle

@@ -17,7 +17,7 @@ from .core import LabError, atomic_write, import_torchvision, mix, need, project
 __all__ = ['BLOCK', 'CONSTANTS', 'SHAPES', 'COLOURS', 'MD5', 'TIMEOUT', 'CIFAR10_CLASSES', 'CIFAR100_CLASSES', 'KNOWN', 'TINY',
            'SOURCES', 'ALIASES', 'hash32', 'permutation', 'Split', 'Dataset', 'stratified', 'num_views', 'view_pixels',
            'Batch', 'Batches', 'normalize', 'Raw', 'array_hash', 'pixel_stats', 'resize', 'make_dataset', 'draw_shapes',
-           'check_raw', 'data_folder', 'load_dataset', 'splits_hash', 'save_splits']
+           'check_raw', 'load_array', 'data_folder', 'load_dataset', 'splits_hash', 'save_splits']
 
 # %% ../nbs/02_data.ipynb #c005
 def _scramble(x: Tensor) -> Tensor:
@@ -524,7 +524,7 @@ def check_raw(path: Path, x_train, y_train, x_test, y_test, classes: list[str], 
     if classes and len(classes) != c: raise LabError(f"{path}: {len(classes)} class names for {c} classes; expected as many")
     return Raw(x_train, y_train, x_test, y_test, classes or [str(i) for i in range(c)], source, licence)
 
-def _load_array(path: Path) -> dict[str, np.ndarray] | np.ndarray:
+def load_array(path: Path) -> dict[str, np.ndarray] | np.ndarray:
     "A .npy or .npz file, read whole; nothing in it is executed."
     try:
         with open(path, "rb") as f:
@@ -536,7 +536,7 @@ def _load_array(path: Path) -> dict[str, np.ndarray] | np.ndarray:
 KNOWN = {"cifar10_jpeg": (CIFAR10_CLASSES, "CIFAR-10 re-encoded as JPEG; not the official pixels", "none stated; cite the technical report")}
 
 def _npz(name: str, path: Path) -> Raw:
-    arrays = _load_array(path)
+    arrays = load_array(path)
     if not isinstance(arrays, dict) or (missing := {"x_train", "y_train", "x_test", "y_test"} - set(arrays)):
         raise LabError(f"{path}: {'no ' + ', '.join(sorted(missing)) if isinstance(arrays, dict) else 'a single array'}; expected a .npz with x_train, y_train, x_test, y_test")
     classes, source, licence = KNOWN.get(name, ([str(c) for c in arrays.get("classes", [])], path.name, "as its owner says"))
@@ -579,7 +579,7 @@ def _tiny_imagenet(root: Path, size: int) -> Raw:
     there = [f for f in files if f.exists()]
     advice = f"put {', '.join(f.name for f in files)} into {root}, or extract tiny-imagenet-200.zip to {root / 'tiny-imagenet-200'}"
     if there and len(there) < 4: raise LabError(f"{', '.join(f.name for f in files if f not in there)} missing beside {there[0]}; {advice}")
-    if there: return check_raw(root / "tiny_imagenet_*.npy", *map(_load_array, files), [], "Tiny-ImageNet (npy)", "ImageNet terms: non-commercial research")
+    if there: return check_raw(root / "tiny_imagenet_*.npy", *map(load_array, files), [], "Tiny-ImageNet (npy)", "ImageNet terms: non-commercial research")
     if (root / "tiny-imagenet-200").is_dir(): return _tiny_folder(root / "tiny-imagenet-200")
     try: found = need("datasets", "hf").load_dataset("zh-plus/tiny-imagenet")
     except Exception as e: raise LabError(f"cannot get tiny_imagenet from the Hugging Face hub ({str(e).splitlines()[0][:200] if str(e) else type(e).__name__}); {advice}") from None

@@ -18,7 +18,7 @@ from .data import Batches, Dataset, Split, normalize
 from .fid import Extractor, Stats, as_extractor, default_judge, exact_fp32, prompt_accuracy, reference_stats, to_uint8, variance_ratio
 from .generators import Generator, MaskedAutoencoder, create_generator, create_mae, labels_like, list_generators, masked_error, sample_batches
 from .models import Frozen, frozen, layer_names, pretrained
-from .plots import COLOURS, Picture, _array, _styled, class_grid, save_figure
+from .plots import COLOURS, Picture, as_array, styled, class_grid, save_figure
 from .train import Classify, FitConfig, Task, TrainConfig, classifier, fit, prepare
 
 # %% auto #0
@@ -313,13 +313,13 @@ def compiled_V(x: Tensor, y_pos: Tensor, y_neg: Tensor | None = None, temps=(.02
 
 # %% ../nbs/11_drift.ipynb #c057
 def _clouds(what: str, given, count: int | None = None) -> list[np.ndarray]:
-    clouds = [_array(c).astype(float) for c in (given if isinstance(given, (list, tuple)) else [given])]
+    clouds = [as_array(c).astype(float) for c in (given if isinstance(given, (list, tuple)) else [given])]
     for c in clouds:
         if c.ndim != 2 or c.shape[1] != 2 or not len(c): raise LabError(f"{what} {list(c.shape)}: expected samples in two columns, [N, 2]")
     if count and len(clouds) != count: raise LabError(f"{len(clouds)} clouds of {what} for {count} of x: expected as many")
     return clouds
 
-@_styled
+@styled
 def toy_field(x,                  # generated samples [N, 2], or a list of such: a panel each
               y,                  # real samples, likewise
               V=None,             # arrows at x, likewise

@@ -12,16 +12,16 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
-from .core import (LabError, Parameters, Run, _lock, locked, atomic_write, choose_device, environment, environ, generator, import_torchvision, list_runs, need, param, plain, project_root, read_json, run_state, runs_folder,
+from .core import (LabError, Parameters, Run, try_lock, locked, atomic_write, choose_device, environment, environ, generator, import_torchvision, list_runs, need, param, plain, project_root, read_json, run_state, runs_folder,
                               seed_everything, split_words, unknown, write_json)
 from .data import Dataset, Split, load_dataset, splits_hash
-from .fid import (Extractor, MODES, Moments, Score, Stats, _holds_stats, as_extractor, bicubic, class_gaussians, class_means, default_judge, exact_fp32, fd_infinity, feature_diversity, fid, kid, load_stats,
+from .fid import (Extractor, MODES, Moments, Score, Stats, holds_stats, as_extractor, bicubic, class_gaussians, class_means, default_judge, exact_fp32, fd_infinity, feature_diversity, fid, kid, load_stats,
                              nearest, nearest_ratio, prdc, prompt_accuracy, reference_stats, slug, to_rgb, to_uint8, variance_ratio)
 from .generators import check_alpha, labels_like, sample_batches
 from .models import checkpoint_model, count_parameters, load_checkpoint, model_name, rebuild, weights_sha256
-from .plots import COLOURS, Picture, _label_ends, _styled, as_pixels, class_grid, distance_dots, image_grid, save_figure
+from .plots import COLOURS, Picture, label_ends, styled, as_pixels, class_grid, distance_dots, image_grid, save_figure
 from .track import start_tracker
-from .train import use_threads
+from .train import undisturbed, use_threads
 
 # %% auto #0
 __all__ = ['MEASURES', 'KEPT', 'LPIPS_TRUNKS', 'CLIP_MEAN', 'CLIP_STD', 'PRDC_IMAGES', 'HEAD', 'MIDDLE', 'CONTEXT', 'SETTINGS',
@@ -259,12 +259,6 @@ class Reference:
     path: Path                                  # of the facts below, a .json
     facts: dict = field(default_factory=dict)   # floors and baselines by number of samples
 
-    def by_class(self, split: str) -> Stats:
-        "A split's statistics with labels, for a floor whose parts have equal shares of classes."
-        kept = self.__dict__.setdefault("labelled", {})
-        if split not in kept: kept[split] = replace(getattr(self, split), labels=getattr(self.data, split).labels)
-        return kept[split]
-
     def remember(self, key: str, compute: Callable):
         "A fact, computed once."
         if key not in self.facts:
@@ -287,7 +281,7 @@ def reference_of(data: Dataset, judge: Extractor) -> Reference:
     folder.mkdir(parents=True, exist_ok=True)
     digest = hashlib.sha256("|".join([data.sha256, splits_hash(data), str(data.image_size), judge.sha256, judge.mode]).encode()).hexdigest()[:12]
     name = lambda part, end: folder / f"{data.name}-{part}-{judge.name.replace('/', '_')}-{digest}.{end}"
-    ref = Reference(data, judge, *(_split_stats(data, s, judge, name(s, "npz")) for s in ("train", "test")), name("facts", "json"))
+    ref = Reference(data, judge, *(replace(_split_stats(data, s, judge, name(s, "npz")), labels=getattr(data, s).labels) for s in ("train", "test")), name("facts", "json"))
     with contextlib.suppress(LabError): ref.facts = {k: v for k, v in read_json(ref.path).items() if k != "schema"}
     return ref
 
@@ -409,20 +403,22 @@ def _measured_beside(words: list, real: Stats, s: Sampled, ref: Reference, cfg: 
     if "clip" in words:
         if labels is None: notes.append("no CLIP score: a generator without classes has no captions")
         else: found["clip_score"] = clip_score(s.images, class_captions(ref.data.classes, labels), networks["clip"], device=judge.device)
+    if "clip_score" in found: found["clip_model"] = cfg.clip_model
     return found
 
 def scores(s: Sampled, ref: Reference, cfg: EvaluateConfig, words: list = (), real: Stats | None = None, networks: dict = {}) -> tuple[dict, Score, list]:
     "Everything that is measured of a checkpoint's samples: numbers by column, the distance with its floor, and remarks."
     judge, fake, features, notes = ref.judge, s.stats, s.stats.features.to(s.stats.mu.device), _Notes()
     real, key = (getattr(ref, cfg.dataset_split), f"{cfg.dataset_split} {fake.n} {cfg.seed}") if real is None else (real, "")
-    if key and s.labels is not None: real, key = ref.by_class(cfg.dataset_split), f"{key} by class"  # the samples have the data's shares of classes
+    by_class = bool(key) and s.labels is not None  # the samples have the data's shares of classes
+    if by_class: fake, key = replace(fake, labels=s.labels), f"{key} by class"
     keep = ref.remember if key else lambda name, compute: compute()
-    if key in ref.facts.get("floors", {}): real.floors[("fd", min(fake.n, len(real.features) // 2), cfg.seed, 3, real.labels is not None)] = tuple(ref.facts["floors"][key])
+    if key in ref.facts.get("floors", {}): real.floors[("fd", min(fake.n, len(real.features) // 2), cfg.seed, 3, by_class)] = tuple(ref.facts["floors"][key])
     score = fid(real, fake, judge, seed=cfg.seed)
     if key and score.floor is not None and key not in ref.facts.get("floors", {}):
         ref.facts.setdefault("floors", {})[key] = score.floor, score.floor_std
         write_json(ref.path, ref.facts)
-    found = {slug(score.metric): score.value, "floor": math.nan if score.floor is None else score.floor, "floor_std": score.floor_std, "floor_n": score.floor_n,
+    found = {slug(score.metric): score.value, "floor": math.nan if score.floor is None else score.floor, "floor_std": score.floor_std, "floor_n": score.floor_n, "floor_by_class": score.by_class,
              "to_train": ref.train.distance(fake), "to_test": ref.test.distance(fake), "train_to_test": ref.train.distance(ref.test), "nearest_ratio": notes.attempt(lambda: nearest_ratio(features, ref.train.features, ref.test.features))}
     found |= _measured_beside(words, real, s, ref, cfg, notes, networks)
     found |= dict(sample_diversity=notes.attempt(lambda: sample_diversity(s.images, None if s.labels is None else s.labels[:len(s.images)])), feature_diversity=notes.attempt(lambda: feature_diversity(features, s.labels)))
@@ -435,8 +431,8 @@ def scores(s: Sampled, ref: Reference, cfg: EvaluateConfig, words: list = (), re
 
 # %% ../nbs/14_evaluate.ipynb #c033
 HEAD = "checkpoint checkpoint_name dataset epoch step num_samples batch_size alpha seed eval_seconds extractor mode fid".split()
-MIDDLE = ("kid kid_std kid_error floor floor_std floor_n to_train to_test train_to_test fd_infinity precision recall density coverage prompt_accuracy variance_ratio nearest_ratio baseline_class_means baseline_class_gaussians "
-          "sample_diversity feature_diversity lpips_diversity clip_score judge_sha256 dataset_split reference reference_sha256 ema model_sha256 metrics artifact").split()
+MIDDLE = ("kid kid_std kid_error floor floor_std floor_n floor_by_class to_train to_test train_to_test fd_infinity precision recall density coverage prompt_accuracy variance_ratio nearest_ratio baseline_class_means baseline_class_gaussians "
+          "sample_diversity feature_diversity lpips_diversity clip_score clip_model judge_sha256 dataset_split reference reference_sha256 ema model_sha256 metrics artifact").split()
 CONTEXT = "loss drift_norm grad_norm feature_dist_mean feature_dist_var avg_loss avg_drift_norm".split()
 SETTINGS = "dataset num_samples alpha seed extractor mode judge_sha256 dataset_split reference reference_sha256 ema".split()  # numbers compare where these agree
 
@@ -532,7 +528,7 @@ def _distance_panel(ax, metric: str, rows: list[dict]) -> str:
         ends.append((name if len(groups) > 1 else metric, *points[-1], colour))
     values = [e[2] for e in ends if e[2] > 0]
     if values and max([*values, *(distance_of(r)[1] for r in rows)]) > 20 * min(values): ax.set_yscale("log")
-    _label_ends(ax, ends)
+    label_ends(ax, ends)
     ax.set(xlabel="step", ylabel=metric)
     if len(groups) > 1: return f"{metric}: {len(groups)} settings, not to be compared with each other"
     best = best_row(groups[0])
@@ -543,7 +539,7 @@ def _distance_panel(ax, metric: str, rows: list[dict]) -> str:
     return f"{metric} is lowest at step {_float(best, 'step'):,.0f}: {value:.3g}{words}"
 
 # %% ../nbs/14_evaluate.ipynb #c040
-@_styled
+@styled
 def distance_vs_step(rows: list[dict], # of a fid_metrics.csv
                     ) -> Figure:
     "Distance against training step, a panel a judge, with floor and baseline."
@@ -564,7 +560,7 @@ def score_table(rows: list[dict]):
     def shown(v): return v if not re.fullmatch(r"-?\d*\.\d+(e-?\d+)?", v) else f"{float(v):.4g}"
     return pd.DataFrame({r["checkpoint_name"]: {k: shown(r.get(k) or "nan") for k in names if any(q.get(k) not in (None, "", "nan") for q in rows)} for r in rows})
 
-@_styled
+@styled
 def neighbours_grid(fakes, real,          # images [N, ...], and the nearest training image to each [N, ...]
                     ratio: float,         # fid.nearest_ratio
                     captions: list) -> Figure:
@@ -600,7 +596,7 @@ def baseline_dots(row: dict) -> Figure:
     more = [(words, _float(row, f"baseline_{k}")) for k, words in (("class_gaussians", "Gaussian of each class"), ("class_means", "mean image of each class"))]
     return distance_dots([dict(name=row["checkpoint_name"], value=value, **common), *(dict(name=words, value=v, **common) for words, v in more if math.isfinite(v))])
 
-@_styled
+@styled
 def guidance_curves(rows: list[dict]) -> Figure: # of one checkpoint at several strengths
     "Distance, agreement and variety against guidance strength."
     rows = sorted(rows, key=lambda r: _float(r, "alpha"))
@@ -734,7 +730,7 @@ def _one(e: Evaluator, subject: Subject, row: dict, words: list, artifact: Path,
     ref, sampled_at = e.reference, time.perf_counter()
     found, score, remarks = scores(s, ref, cfg, words, e.real, e.networks)
     seconds = dict(sampling=s.seconds, scoring=time.perf_counter() - sampled_at)
-    row = row | found | dict(eval_seconds=sum(seconds.values()), metrics=" ".join([*words, *(w for w, column in NETWORKS.items() if column in row and w not in words)]), artifact=artifact.name)
+    row = row | found | dict(eval_seconds=sum(seconds.values()), metrics=" ".join([*words, *(w for w, columns in NETWORKS.items() if columns[0] in row and w not in words)]), artifact=artifact.name)
     title = f"{subject.path.stem}, step {subject.step:,}: {score.metric} {score.value:.3g}" + (f" (real against real {score.floor:.3g})" if score.floor is not None else "")
     save_figure(preview(s, e.data.classes, title), artifact / "preview.png")
     _, near = nearest(s.stats.features[:10], ref.train.features)
@@ -752,24 +748,31 @@ def _one(e: Evaluator, subject: Subject, row: dict, words: list, artifact: Path,
     print("\n".join([f"{subject.name}: {score}", *(f"  remark: {r}" for r in remarks if r not in score.warnings), f"  {time.perf_counter() - began:.1f} s" + (f", {s.continued:,} samples of an evaluation that was stopped" if s.continued else "")]), flush=True)
     return row
 
-NETWORKS = dict(clip="clip_score", lpips="lpips_diversity")  # what is kept rather than measured again: its network is not loaded
+NETWORKS = dict(clip=("clip_score", "clip_model"), lpips=("lpips_diversity",))  # what is kept rather than measured again: its network is not loaded
 
 def _plan(e: Evaluator, subject: Subject, row: dict) -> tuple:
     "Is it measured already? Else the words to measure, the folder, and its lock."
     old = find_row(read_rows(e.folder / "fid_metrics.csv"), row)
     words, same = split_words(e.cfg.metrics), bool(old) and old.get("model_sha256") == subject.sha256
     before = split_words(old.get("metrics", "")) if same else []
+    if old and old.get("clip_model", e.cfg.clip_model) not in (e.cfg.clip_model, "nan", ""): before = [w for w in before if w != "clip" or "clip" not in words]  # another CLIP measures again
     if same and e.cfg.skip_existing and set(words) <= set(before): return "measured already", [], None, None
     words = list(dict.fromkeys([*words, *(w for w in before if w not in NETWORKS and w in MEASURES)]))
-    row |= {column: old[column] for word, column in NETWORKS.items() if word in before and word not in words}
+    row |= {column: old[column] for word, columns in NETWORKS.items() for column in columns if word in before and word not in words and column in old}
     artifact = _claim(e.folder, f"{subject.path.stem}_step{subject.step}", e.settings(subject))
-    handle = _lock(artifact / ".lock")
+    handle = try_lock(artifact / ".lock")
     if handle and e.cfg.save_images and not (artifact / ".state").exists(): shutil.rmtree(artifact / "generated", ignore_errors=True)  # before any process writes there
     return ("" if handle else "another process is at it"), words, artifact, handle
 
 # %% ../nbs/14_evaluate.ipynb #c053
 def evaluate(cfg: EvaluateConfig) -> Evaluation:
-    "Score checkpoints; what is in the table already is left out, and what was killed continues."
+    "Score checkpoints; what is in the table already is left out, what was killed continues, and the caller's random state and threads stay as they were."
+    threads = torch.get_num_threads()
+    try:
+        with undisturbed(nn.Identity()): return _evaluate(cfg)
+    finally: torch.set_num_threads(threads)
+
+def _evaluate(cfg: EvaluateConfig) -> Evaluation:
     e = Evaluator(cfg)
     told, result = _Told(cfg, e.folder.parent), Evaluation(e.folder, [])
     try:
@@ -815,7 +818,7 @@ def judge_for(sources: list[str], extractor: str = "", mode: str = "", device="a
         if found := _dataset_split(text):
             if (extractor := default_judge(found[0])) == "inception": load_dataset(found[0], data_root)  # a misspelt name is not a matter of Inception's weights
         elif path := _run_of(text): extractor = default_judge(load_checkpoint(path)["config"].get("dataset", ""))
-        elif _holds_stats(text): extractor, mode = (s := load_stats(text)).extractor, mode or s.mode
+        elif holds_stats(text): extractor, mode = (s := load_stats(text)).extractor, mode or s.mode
         if extractor: break
     return as_extractor(extractor or "inception", mode, device)
 
@@ -824,8 +827,11 @@ def stats_of(text: str,            # digits:test, a run, a .pt file, a folder, .
              n: int = 0,           # how many images; 0 is all, of a generator 10,000
              alpha: float = 1.5, seed: int = 42, batch_size: int = 256, data_root: str = "") -> Stats:
     "What a judge sees in whatever a name means; with features, where there are images."
-    if found := _dataset_split(text): return reference_stats(getattr(load_dataset(found[0], data_root, val_fraction=0), found[1]), judge, n, batch_size, seed, keep=True)
+    if found := _dataset_split(text):
+        split = getattr(load_dataset(found[0], data_root, val_fraction=0), found[1])
+        stats = reference_stats(split, judge, n, batch_size, seed, keep=True)
+        return stats if n else replace(stats, labels=split.labels)
     if not (path := _run_of(text)): return reference_stats(text, judge, n, batch_size, seed, keep=True)
     subject = open_subject(path, device=judge.device)
     labels = labels_like(load_dataset(subject.config["dataset"], data_root or subject.config.get("data_root", ""), val_fraction=0).train.labels, n or 10_000, seed) if subject.model.num_classes else None
-    return sample_stats(subject.model, judge, labels, n or 10_000, used_alpha(subject.model, alpha), seed, batch_size).stats
+    return replace(sample_stats(subject.model, judge, labels, n or 10_000, used_alpha(subject.model, alpha), seed, batch_size).stats, labels=labels)

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from .core import LabError, atomic_write, choose_device, generator, import_torchvision, read_json, unknown
-from .data import Dataset, Split, _load_array, stratified
+from .data import Dataset, Split, load_array, stratified
 from .models import Frozen, frozen, weights_sha256
 
 # %% auto #0
@@ -22,8 +22,8 @@ __all__ = ['SCALES', 'MODES', 'SIDE', 'SHIPPED', 'STANDS_IN', 'WEIGHTS', 'EXTENS
            'load_stats', 'Kid', 'mmd', 'kernel_distance', 'Infinity', 'fd_infinity', 'Prdc', 'nearest', 'prdc',
            'variance_ratio', 'class_means', 'class_gaussians', 'nearest_ratio', 'feature_diversity', 'exact_fp32',
            'slug', 'Extractor', 'random_extractor', 'prompt_accuracy', 'judge', 'shipped_judges', 'shipped',
-           'default_judge', 'read_weights', 'inception', 'vit', 'images_of', 'as_extractor', 'reference_stats', 'Score',
-           'fid', 'kid']
+           'default_judge', 'read_weights', 'inception', 'vit', 'images_of', 'as_extractor', 'holds_stats',
+           'reference_stats', 'Score', 'fid', 'kid']
 
 # %% ../nbs/06_fid.ipynb #c005
 SCALES = ("", "signed", "unit")  # of floats: "" looks whether any is negative
@@ -191,7 +191,7 @@ class Stats:
     sha256: str = ""
     mode: str = ""                  # of resizing
     features: Tensor | None = None  # fp32 [n, D]
-    labels: Tensor | None = None    # of each row of features, where the images to judge have the same shares of classes: the floor's parts then have them too
+    labels: Tensor | None = None    # of each row of features; where both sides have them, the floor's parts have equal shares of classes
     floors: dict = field(default_factory=dict, repr=False, compare=False)  # what `fid` and `kid` have measured between parts of these images
 
     @property
@@ -238,7 +238,7 @@ def load_stats(path: str | Path,
                judge=None, # an extractor, or other Stats, that it has to fit
               ) -> Stats:
     "Statistics from a .npz of ours or of clean-fid's; nothing in the file is executed."
-    found = _load_array(Path(path))
+    found = load_array(Path(path))
     bad = lambda what: LabError(f"{path}: {what}; expected a .npz with mu [D] and sigma [D, D], as `Stats.save` and clean-fid write it")
     if not isinstance(found, dict): raise bad("a single array")
     text = {k: str(found[k]) for k in ("extractor", "sha256", "mode") if k in found and found[k].dtype.kind == "U"}
@@ -625,7 +625,7 @@ class _Files:
         return to_uint8(torch.from_numpy(np.stack(found)))
 
 def _array_in(path: Path) -> np.ndarray:
-    found = _load_array(path)
+    found = load_array(path)
     if not isinstance(found, dict): return found
     key = next((k for k in KEYS if k in found), None)
     if key is None: raise LabError(f"{path} holds {', '.join(sorted(found)[:6]) or 'nothing'}; expected images under x, images or arr_0")
@@ -687,7 +687,7 @@ def as_extractor(extractor,        # an Extractor, "inception", "dinov2", "rando
         raise LabError(f"mode={mode!r}, but {extractor.name} {f'resizes as {extractor.mode}' if extractor.mode else 'has no modes'}; leave mode out or take another extractor")
     return extractor
 
-def _holds_stats(source) -> bool:
+def holds_stats(source) -> bool:
     if not isinstance(source, (str, Path)) or Path(source).suffix != ".npz" or not zipfile.is_zipfile(source): return False
     with zipfile.ZipFile(source) as z: return bool({"mu.npy", "feats.npy"} & set(z.namelist()))
 
@@ -701,7 +701,7 @@ def reference_stats(source,                  # Stats, a .npz of them, or anythin
     if isinstance(source, Stats):
         _same_judge(extractor, source)
         return source
-    if _holds_stats(source): return load_stats(source, extractor)
+    if holds_stats(source): return load_stats(source, extractor)
     moments = Moments(extractor.dims, extractor.device, keep)
     for images in images_of(source, n, batch_size, seed, scale): moments.add(extractor(images))
     return Stats.from_moments(moments, extractor)
@@ -724,6 +724,7 @@ class Score:
     error: float | None = None  # standard error over subsets (KID)
     std: float | None = None
     warnings: list = field(default_factory=list)
+    by_class: bool = False      # the floor's parts have equal shares of classes
 
     def row(self, name: str) -> dict:
         "As `plots.distance_dots` takes it."
@@ -731,25 +732,25 @@ class Score:
 
     def __str__(self) -> str:
         error = f" ± {self.error:.2g}" if self.error is not None else ""
-        floor = f"real against real {self.floor:.4g}{f' ± {self.floor_std:.2g}' if self.floor_std else ''} at n={self.floor_n:,}" if self.floor is not None else "no floor"
+        floor = f"real against real{' with equal shares of classes' if self.by_class else ''} {self.floor:.4g}{f' ± {self.floor_std:.2g}' if self.floor_std else ''} at n={self.floor_n:,}" if self.floor is not None else "no floor"
         judge = f"{self.extractor}{', ' + self.mode if self.mode else ''}, {self.dims} dimensions, sha256 {self.sha256[:12]}"
         against = f"{self.n_real:,}" if self.n_real else "an unknown number"
         return "\n".join([f"{self.metric} {self.value:.4g}{error} ({floor}); n={self.n_fake:,} against {against}; {judge}", *(f"  warning: {w}" for w in self.warnings)])
 
 # %% ../nbs/06_fid.ipynb #c076
-def _halves(real: Stats, n: int, seed: int, division: int) -> tuple[Stats, Stats]:
-    "The other real images, and n drawn at random; classes have their shares in both, where they are known."
-    if real.labels is None or n < len(real.labels.unique()): chosen = torch.randperm(len(real.features), generator=generator(seed, 77, division))[:n]
+def _halves(real: Stats, n: int, seed: int, division: int, by_class: bool) -> tuple[Stats, Stats]:
+    "The other real images, and n drawn at random, or with the classes' shares in both."
+    if not by_class or n < len(real.labels.unique()): chosen = torch.randperm(len(real.features), generator=generator(seed, 77, division))[:n]
     else: chosen = stratified(real.labels, n, seed, 77, division)
     rest = torch.ones(len(real.features), dtype=torch.bool)
     rest[chosen] = False
     return tuple(Stats.of(real.features[rows].to(real.mu.device), real) for rows in (rest.nonzero().flatten(), chosen))
 
-def _floor(measure: Callable, key: tuple, real: Stats, n: int, seed: int, divisions: int) -> tuple[float, float]:
+def _floor(measure: Callable, key: tuple, real: Stats, n: int, seed: int, divisions: int, by_class: bool) -> tuple[float, float]:
     "Mean and standard deviation of distances between parts of the real images; kept with them, for the next checkpoint."
-    key = (*key, n, seed, divisions, real.labels is not None)
+    key = (*key, n, seed, divisions, by_class)
     if key not in real.floors:
-        values = [measure(*_halves(real, n, seed, i))[0] for i in range(divisions)]
+        values = [measure(*_halves(real, n, seed, i, by_class))[0] for i in range(divisions)]
         real.floors[key] = float(np.mean(values)), float(np.std(values, ddof=1)) if divisions > 1 else 0.
     return real.floors[key]
 
@@ -759,20 +760,21 @@ def _score(name: Callable, measure: Callable, key: tuple, real, fake, extractor,
     see = lambda source, n, keep, scale="": reference_stats(source, judge, n, batch_size, seed, scale, keep)
     real, fake = see(real, 0, keep or floor is True), see(fake, n, keep, scale)
     value, error, std = measure(real, fake)
-    low, spread, m, notes = None, 0., 0, []
+    low, spread, m, notes, by_class = None, 0., 0, [], False
     if floor is True and real.features is None: notes.append("no floor: the reference has no features; give other real images as floor=")
     elif floor is True and (m := min(fake.n or real.n, len(real.features) // 2)) > 1:
-        low, spread = _floor(measure, key, real, m, seed, divisions)
+        by_class = real.labels is not None and fake.labels is not None
+        low, spread = _floor(measure, key, real, m, seed, divisions, by_class)
         if fake.n > m: notes.append(f"the floor is for {m:,} images, half of the real ones; at {fake.n:,} it would be lower")
     elif not isinstance(floor, bool):
-        known = isinstance(floor, Stats) or _holds_stats(floor)
+        known = isinstance(floor, Stats) or holds_stats(floor)
         other = see(floor, 0 if known else fake.n if callable(floor) else min(fake.n, _open(floor, "")[0]), keep)
         low, m = measure(real, other)[0], other.n
         if m != fake.n: notes.append(f"the floor is for {m:,} images, the distance for {fake.n:,}")
     for who, stats in (("generated", fake), ("real", real)):
         if 0 < stats.n < 2 * judge.dims: notes.append(f"{stats.n:,} {who} images for {judge.dims:,} dimensions: fewer than twice as many, so the distance is mostly their number's doing")
     if not (real.extractor and real.sha256): notes.append("the reference does not say which judge made it; taken on trust")
-    return Score(name(judge), value, low, spread, m, real.n, fake.n, judge.dims, judge.name, judge.sha256, judge.mode, error, std, notes)
+    return Score(name(judge), value, low, spread, m, real.n, fake.n, judge.dims, judge.name, judge.sha256, judge.mode, error, std, notes, by_class)
 
 # %% ../nbs/06_fid.ipynb #c077
 def fid(real,                    # Stats, a .npz of them, or anything that images_of takes

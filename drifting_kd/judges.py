@@ -16,7 +16,7 @@ from .core import LabError, Run, atomic_write, environment, generator, param, pl
 from .data import Dataset, permutation
 from .fid import SHIPPED, Extractor, Stats, class_gaussians, class_means, prompt_accuracy, variance_ratio
 from .models import CHECKPOINT_KEYS, load_checkpoint
-from .plots import COLOURS, Picture, _styled
+from .plots import COLOURS, Picture, styled
 from .train import TrainConfig
 
 # %% auto #0
@@ -146,7 +146,7 @@ def _finding(studies: list) -> str:
     whom = f"all {len(studies)} judges" if len(studies) > 1 else f"the {studies[0]['judge']} judge"
     return f"The distance rises with every kind of damage, for {whom}" if not wrong else f"The distance rises with damage, but not at every step for {', '.join(wrong)}"
 
-@_styled
+@styled
 def degradation_panels(studies: list,    # of `study`
                        title: str = "",  # "" states the finding
                       ) -> Figure:

@@ -15,8 +15,8 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 from .core import LabError, locked, once, plain, read_json, runs_folder, split_words, unknown, write_json
 from .data import Batch, Batches, Dataset, Split, hash32, load_dataset, num_views, stratified, view_pixels
-from .models import Frozen, _resolve, checkpoint_model, count_parameters, load_checkpoint, model_name, pretrained
-from .plots import COLOURS, Figure, Picture, _styled
+from .models import Frozen, checkpoint_file, checkpoint_model, count_parameters, load_checkpoint, model_name, pretrained
+from .plots import COLOURS, Figure, Picture, styled
 from .track import resolve_artifact
 
 # %% auto #0
@@ -588,7 +588,7 @@ def load_teacher(source,         # a run folder, run name, checkpoint file, arti
                 ) -> Teacher:
     "A teacher that fits the data, or the reason why it does not."
     if isinstance(source, Frozen): teacher = Teacher(source, source.name, sum(p.numel() for p in source.model.parameters()), notes=["its training images are not known"])
-    elif Path(source).exists() or (runs_folder() / source).exists(): teacher = _from_checkpoint(_resolve(source), str(source), data, device, dtype)
+    elif Path(source).exists() or (runs_folder() / source).exists(): teacher = _from_checkpoint(checkpoint_file(source), str(source), data, device, dtype)
     elif re.fullmatch(r"(\S+/)?model-[^/:]+(:[^/:]+)?", str(source)): teacher = _from_checkpoint(resolve_artifact(str(source)), str(source), data, device, dtype)
     else:
         name, _, weights = str(source).partition("=")
@@ -755,7 +755,7 @@ def confidences(self: Teachers,
     return torch.where(known[:, index], transport(odds.flatten(), *rows).view_as(odds), odds).sigmoid()
 
 # %% ../nbs/12_kd.ipynb #c111
-@_styled
+@styled
 def plot_confidences(kinds: dict,     # kind -> [B] confidences on training images
                      unseen: Tensor,  # [n] on images that no teacher was trained on
                      title: str = "", # "" states the finding
@@ -1174,7 +1174,7 @@ def gates(self: Distill, epoch: int) -> tuple[Tensor, Tensor]: # [N], [K, N]
         found.append((gate(m.gate, c, min(epoch * self.epoch_steps / self.total, 1.), m.value, m.end, m.gamma, m.threshold), WEIGHTS[m.weights](z, batch.y, **extra)))
     return tuple(torch.cat(parts, -1).cpu() for parts in zip(*found))
 
-@_styled
+@styled
 def plot_gates(seen: dict,        # epoch -> (gate [N], weights [K, N]), as Distill.gates gives them
                names: list,       # of the teachers
                title: str = "",   # "" states the finding
@@ -1202,7 +1202,7 @@ def evaluate_student(source,               # run name, run folder, checkpoint fi
                     ) -> dict:
     "Accuracy, loss, AUROC, calibration error and teacher agreement; also written to the run's eval/."
     if split not in ("val", "test"): raise unknown("split", split, ("val", "test"))
-    file = _resolve(source) if Path(source).exists() or (runs_folder() / source).exists() else resolve_artifact(str(source))
+    file = checkpoint_file(source) if Path(source).exists() or (runs_folder() / source).exists() else resolve_artifact(str(source))
     checkpoint = load_checkpoint(file)
     c, task = checkpoint["config"], checkpoint["task"]
     data = load_dataset(c["dataset"], c["data_root"], c["image_size"], c["val_fraction"], c["split_seed"], c["limit"], c.get("normalization", "data"))

@@ -19,7 +19,7 @@ __all__ = ['MODELS', 'LEAST_SIZE', 'CONVOLUTIONS', 'BATCHNORMS', 'CHECKPOINT_KEY
            'Bottleneck', 'ResNet', 'list_models', 'create_model', 'count_parameters', 'rebuild', 'layer_names',
            'activations', 'parameter_layers', 'output_sizes', 'flops', 'model_name', 'describe', 'foldable',
            'fold_batchnorm', 'conv_bn', 'Staged', 'PreActBlock', 'ShuffleUnit', 'InvertedResidual', 'ConvNeXt',
-           'load_checkpoint', 'checkpoint_model', 'weights_sha256', 'Frozen', 'frozen', 'pretrained']
+           'load_checkpoint', 'checkpoint_model', 'weights_sha256', 'Frozen', 'checkpoint_file', 'frozen', 'pretrained']
 
 # %% ../nbs/04_models.ipynb #c005
 def conv3x3(inputs: int, outputs: int, stride: int = 1) -> nn.Conv2d: return nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
@@ -470,7 +470,7 @@ class Frozen:
     def __repr__(self) -> str: return f"Frozen({self.name}, {self.num_classes} classes, {sum(p.numel() for p in self.model.parameters()):,} weights, {self.device}, {self.dtype}, sha256 {self.sha256[:12]})"
 
 # %% ../nbs/04_models.ipynb #c079
-def _resolve(source: str | Path) -> Path:
+def checkpoint_file(source: str | Path) -> Path:
     "The checkpoint file that a path, a run folder or a run's name means."
     path = Path(source) if Path(source).exists() else runs_folder() / source
     if not path.exists(): raise LabError(f"{source} does not exist; give a run folder, a run's name, a checkpoint file or a module")
@@ -491,7 +491,7 @@ def frozen(source,                 # a module, a run folder, a run's name, or a 
     if isinstance(source, nn.Module): model, name, task = source, model_name(source), {}
     elif not isinstance(source, (str, Path)): raise LabError(f"frozen got a {type(source).__name__}; expected a module, a run folder, a run's name or a checkpoint file")
     else:
-        path = _resolve(source)
+        path = checkpoint_file(source)
         checkpoint = load_checkpoint(path)
         model, task = checkpoint_model(checkpoint), checkpoint["task"] or {}
         name = path.parent.name if path.name == "final_model.pt" else f"{path.parent.parent.name}/{path.stem}" if path.parent.name == "checkpoints" else path.stem

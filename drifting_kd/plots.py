@@ -12,11 +12,12 @@ from matplotlib.figure import Figure
 from .core import LabError, atomic_write, unknown
 
 # %% auto #0
-__all__ = ['COLOURS', 'STYLE', 'WORDS', 'UNITS', 'LOWER', 'HIGHER', 'Picture', 'use_style', 'save_figure', 't_interval',
-           'metric_words', 'plot_curves', 'as_pixels', 'image_grid', 'class_grid', 'confusion_matrix', 'mistakes',
-           'speed_bars', 'direction_of', 'overlapping', 'dots_finding', 'interval_dots', 'first_reach',
-           'time_to_target', 'wilson', 'reliability_diagram', 'robustness_curves', 'layer_curves', 'layer_profile',
-           'channel_grid', 'loss_slices', 'barrier_curves', 'loss_surface_plot', 'heatmap', 'distance_dots']
+__all__ = ['COLOURS', 'STYLE', 'WORDS', 'UNITS', 'LOWER', 'HIGHER', 'Picture', 'use_style', 'styled', 'save_figure', 't_interval',
+           'metric_words', 'label_ends', 'plot_curves', 'as_array', 'as_pixels', 'image_grid', 'class_grid',
+           'confusion_matrix', 'mistakes', 'speed_bars', 'direction_of', 'overlapping', 'dots_finding', 'interval_dots',
+           'first_reach', 'time_to_target', 'wilson', 'reliability_diagram', 'robustness_curves', 'layer_curves',
+           'layer_profile', 'channel_grid', 'loss_slices', 'barrier_curves', 'loss_surface_plot', 'heatmap',
+           'distance_dots']
 
 # %% ../nbs/03_plots.ipynb #c005
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito: told apart by colour-blind readers
@@ -36,7 +37,7 @@ def use_style() -> None:
     "Draw your own figures in the style of these."
     matplotlib.rcParams.update(STYLE)
 
-def _styled(draw):
+def styled(draw):
     "Draw in our style and leave the caller's alone."
     @functools.wraps(draw)
     def wrapper(*args, **kwargs):
@@ -86,7 +87,7 @@ def _line(runs: list[list[dict]], key: str, x: str) -> tuple:
     mean, half = t_interval([[s[step][1] for step in steps] for s in seeds])
     return np.array([seeds[0][step][0] for step in steps], dtype=float), mean, half
 
-def _label_ends(ax, ends: list[tuple]) -> None:
+def label_ends(ax, ends: list[tuple]) -> None:
     "Write each line's name beside its end, pushed apart where they would overlap."
     gap, heights = .09, []
     places = sorted((ax.transAxes.inverted().transform(ax.transData.transform((x, y)))[1], x, y, name, colour) for name, x, y, colour in ends)
@@ -114,7 +115,7 @@ def _panel(ax, runs: dict, key: str, x: str) -> None:
     drawn = np.concatenate([line.get_ydata() for line in ax.get_lines()])
     drawn = drawn[np.isfinite(drawn)]
     if "loss" in key and drawn.min() > 0 and drawn.max() > 30 * drawn.min(): ax.set_yscale("log")
-    _label_ends(ax, ends)
+    label_ends(ax, ends)
     better = _better(key)
     name, _, value, _ = (min if better == "lowest" else max)(ends, key=lambda e: e[2])
     ax.set_title(f"{name} ends {better} at {value:.4g}{unit and ' ' + unit}" if len(ends) > 1 and better else f"{metric_words(key)} ends at {value:.4g}{unit and ' ' + unit}" if len(ends) == 1 else metric_words(key))
@@ -125,7 +126,7 @@ def _check_recorded(runs: dict, keys: tuple) -> None:
     for key in keys:
         if key not in have: raise unknown("metric", key, [k for k in have if "/" in k])
 
-@_styled
+@styled
 def plot_curves(runs: dict,           # name -> lines of a metrics.jsonl (core.read_metrics), or a list of such, one a seed
                 keys: tuple = ("train/loss", "val/accuracy"), # one panel each
                 title: str = "",
@@ -146,14 +147,14 @@ def plot_curves(runs: dict,           # name -> lines of a metrics.jsonl (core.r
     return fig
 
 # %% ../nbs/03_plots.ipynb #c019
-def _array(x) -> np.ndarray:
+def as_array(x) -> np.ndarray:
     if not hasattr(x, "detach"): return np.asarray(x)
     x = x.detach().cpu()
     return (x.float() if x.is_floating_point() else x).numpy()  # numpy has no bfloat16
 
 def as_pixels(images) -> np.ndarray:
     "Any images as `[N, H, W, 3]` floats in [0, 1]: uint8, or floats in [0, 1] (in [-1, 1] if any is negative); NHWC, NCHW or grey `[N, H, W]`."
-    images = _array(images)
+    images = as_array(images)
     if images.ndim == 3: images = images[..., None]
     if images.ndim != 4 or not {images.shape[-1], images.shape[1]} & {1, 3}: raise LabError(f"images of shape {images.shape}: expected [N, H, W, C] or [N, C, H, W] with 1 or 3 channels")
     if images.shape[-1] not in (1, 3): images = images.transpose(0, 2, 3, 1)
@@ -165,7 +166,7 @@ def as_pixels(images) -> np.ndarray:
     return np.broadcast_to(images.clip(0, 1), (*images.shape[:3], 3))
 
 # %% ../nbs/03_plots.ipynb #c021
-@_styled
+@styled
 def image_grid(images,                       # uint8 or float, NHWC or NCHW
                captions: list | None = None, # one an image
                columns: int = 8,
@@ -192,13 +193,13 @@ def image_grid(images,                       # uint8 or float, NHWC or NCHW
     return fig
 
 # %% ../nbs/03_plots.ipynb #c025
-@_styled
+@styled
 def class_grid(split,             # has `images` and `labels`
                classes: list,     # names
                per_class: int = 6,
                ) -> Figure:
     "The first images of every class, a row each."
-    labels = _array(split.labels)
+    labels = as_array(split.labels)
     counts = np.bincount(labels, minlength=len(classes))
     shown = sorted({round(i) for i in np.linspace(0, len(classes) - 1, min(20, len(classes)))})
     fig = Picture(figsize=(1.2 + .6 * per_class, .6 * len(shown) + .4))
@@ -215,12 +216,12 @@ def class_grid(split,             # has `images` and `labels`
 
 # %% ../nbs/03_plots.ipynb #c029
 def _check_labels(labels, predictions, classes) -> tuple:
-    labels, predictions = _array(labels).astype(int), _array(predictions).astype(int)
+    labels, predictions = as_array(labels).astype(int), as_array(predictions).astype(int)
     if labels.shape != predictions.shape or labels.ndim != 1 or not len(labels): raise LabError(f"labels {labels.shape} and predictions {predictions.shape}: expected two lists of the same length, at least 1")
     if min(labels.min(), predictions.min()) < 0 or max(labels.max(), predictions.max()) >= len(classes): raise LabError(f"labels or predictions outside 0..{len(classes) - 1}, the {len(classes)} classes given")
     return labels, predictions
 
-@_styled
+@styled
 def confusion_matrix(labels,         # [N] true
                      predictions,    # [N]
                      classes: list,  # names
@@ -257,7 +258,7 @@ def mistakes(images,
             ) -> Figure:
     "The wrong answers that the model was surest of."
     labels, predictions = _check_labels(labels, predictions, classes)
-    probabilities = _array(probabilities)
+    probabilities = as_array(probabilities)
     if len(images) != len(labels) or probabilities.shape != (len(labels), len(classes)):
         raise LabError(f"{len(images)} images and probabilities {probabilities.shape} for {len(labels)} labels; expected {len(labels)} and ({len(labels)}, {len(classes)})")
     sure = np.nan_to_num(probabilities[np.arange(len(labels)), predictions], nan=0.)
@@ -268,7 +269,7 @@ def mistakes(images,
                       title=f"{rate}; the surest of them" if len(worst) else f"no mistake among {len(labels):,} images")
 
 # %% ../nbs/03_plots.ipynb #c036
-@_styled
+@styled
 def speed_bars(values: dict,      # name -> number; not finite or None is "not measured"
                unit: str,         # such as "images/s"
                title: str,        # the finding
@@ -319,7 +320,7 @@ def dots_finding(rows: dict,          # name -> one number a seed
     return f"{lead}; its interval overlaps {found}" + (f" (n=1, no interval: {', '.join(single)})" if single else "")
 
 # %% ../nbs/03_plots.ipynb #c041
-@_styled
+@styled
 def interval_dots(rows: dict,      # name -> one number a seed; drawn in this order
                   key: str,        # the metric, such as test/accuracy
                   title: str = "", # the finding; empty is `dots_finding`
@@ -367,13 +368,13 @@ def _reach_panel(ax, runs: dict, key: str, target: float, direction: str, x: str
         if ends_here := [p for p in last if math.isfinite(p[1])]: ends.append((name, max(p[0] for p in ends_here), float(np.mean([p[1] for p in ends_here])), colour))
     ax.axhline(target, color="black", linestyle="--", linewidth=1)
     ax.set(xlabel=words, ylabel=metric_words(key))
-    if ends: _label_ends(ax, ends)
+    if ends: label_ends(ax, ends)
     least = min(medians.values(), default=math.nan)
     first = " and ".join(name for name, m in medians.items() if m == least)
     place = ("" if len(runs) == 1 else " are first" if list(medians.values()).count(least) > 1 else " is first") + ("" if len(medians) == len(runs) else " of the groups where every seed gets there")
     ax.set_title("\n".join(textwrap.wrap(f"{words} not recorded" if not ends else f"{first}{place}: {least:,.4g} {words} (median)" if medians else "no group reaches it in every seed", 56)))
 
-@_styled
+@styled
 def time_to_target(runs: dict,          # name -> list of runs' lines (core.read_metrics), one a seed
                    key: str,            # such as val/accuracy
                    target: float,
@@ -404,7 +405,7 @@ def wilson(right,              # how many are right; a number or an array
     return np.where(n > 0, np.clip(middle - half, 0, p), 0.), np.where(n > 0, np.clip(middle + half, p, 1), 1.)
 
 # %% ../nbs/03_plots.ipynb #c051
-@_styled
+@styled
 def reliability_diagram(bins: dict,       # low, high, count, confidence, accuracy: a list each, as analysis.reliability gives them
                         title: str = "",  # empty: the calibration error and what it means
                        ) -> Figure:
@@ -430,7 +431,7 @@ def reliability_diagram(bins: dict,       # low, high, count, confidence, accura
     return fig
 
 # %% ../nbs/03_plots.ipynb #c055
-@_styled
+@styled
 def robustness_curves(runs: dict,              # name -> {kind: [accuracy, clean first]}, or a list of such, one a seed
                       severities: list = None, # of the accuracies; None counts 0, 1, 2, ...
                       title: str = "",
@@ -456,7 +457,7 @@ def robustness_curves(runs: dict,              # name -> {kind: [accuracy, clean
         ax.set(xlabel="severity (band: 95 % interval)" if band else "severity", ylim=(0, 1.02), xticks=x)
         name, _, value, _, clean = max(ends, key=lambda e: -1 if math.isnan(e[2]) else e[2])
         ax.set_title(f"{kind}: {100 * clean:.1f} % become {100 * value:.1f} %" if len(runs) == 1 else f"{kind}, severity {x[-1]}: best is\n{name}, {100 * value:.1f} %")
-        if len(runs) > 1 and ax is axes[-1]: _label_ends(ax, [(label, at, 0. if math.isnan(end) else end, colour) for label, at, end, colour, _ in ends])
+        if len(runs) > 1 and ax is axes[-1]: label_ends(ax, [(label, at, 0. if math.isnan(end) else end, colour) for label, at, end, colour, _ in ends])
     axes[0].set_ylabel("accuracy")
     if title: fig.suptitle(title)
     return fig
@@ -466,7 +467,7 @@ def _depth_colours(n: int) -> list: return [matplotlib.colormaps["viridis"](.85 
 
 def _spread(n: int, most: int) -> list[int]: return sorted({round(i) for i in np.linspace(0, n - 1, min(n, most))})
 
-@_styled
+@styled
 def layer_curves(history: dict,                # layer -> (steps, values), from the input to the output
                  what: str = "gradient norm",  # on the axis
                  title: str = "",              # empty: which layers end largest and smallest
@@ -484,13 +485,13 @@ def layer_curves(history: dict,                # layer -> (steps, values), from 
     drawn = np.concatenate([values[np.isfinite(values)] for _, values in lines.values()])
     if drawn.min() > 0 and drawn.max() > 30 * drawn.min(): ax.set_yscale("log")
     ax.set(xlabel="step", ylabel=what)
-    _label_ends(ax, ends if len(ends) <= 9 else [ends[i] for i in _spread(len(ends), 7)])
+    label_ends(ax, ends if len(ends) <= 9 else [ends[i] for i in _spread(len(ends), 7)])
     largest, smallest = (f(ends, key=lambda e: e[2]) for f in (max, min))
     ax.set_title(title or (f"{what}: {largest[0]} ends largest at {largest[2]:.3g}, {smallest[0]} smallest at {smallest[2]:.3g}" if len(ends) > 1 else f"{what} of {largest[0]} ends at {largest[2]:.3g}"))
     return fig
 
 # %% ../nbs/03_plots.ipynb #c063
-@_styled
+@styled
 def layer_profile(values: dict,     # what -> {layer: number}, from the input to the output
                   title: str = "",
                  ) -> Figure:
@@ -513,14 +514,14 @@ def layer_profile(values: dict,     # what -> {layer: number}, from the input to
     return fig
 
 # %% ../nbs/03_plots.ipynb #c067
-@_styled
+@styled
 def channel_grid(maps,            # [C, H, W], as analysis.channel_maps gives them
                  image=None,      # what the network saw
                  name: str = "",  # of the layer
                  most: int = 64,
                 ) -> Figure:
     "The channels' answers to one image, a small map each, on one colour scale."
-    maps = np.nan_to_num(_array(maps).astype(np.float64))
+    maps = np.nan_to_num(as_array(maps).astype(np.float64))
     if maps.ndim != 3 or not maps.size: raise LabError(f"channel_grid got an array of shape {maps.shape}; expected [channels, height, width]")
     strength, (n, h, w) = np.abs(maps).mean((1, 2)), maps.shape
     shown = np.sort(np.argsort(-strength, kind="stable")[:most])
@@ -556,10 +557,10 @@ def _lines(ax, lines: dict, what: str, ratios: bool) -> dict:
         if len(there): ends.append((name, x[there[-1]], y[there[-1]], COLOURS[i % len(COLOURS)]))
     values = np.concatenate([y[np.isfinite(y)] for _, y in drawn.values()])
     if ratios and len(values) and values.min() > 0 and values.max() > 30 * values.min(): ax.set_yscale("log")
-    _label_ends(ax, ends)
+    label_ends(ax, ends)
     return drawn
 
-@_styled
+@styled
 def loss_slices(slices: dict,    # name -> (steps, losses), as analysis.loss_slice gives them
                ) -> Figure:
     "Loss along a line through each solution; the title says which one rises least."
@@ -575,7 +576,7 @@ def loss_slices(slices: dict,    # name -> (steps, losses), as analysis.loss_sli
     ax.set(xlabel="step (1: every filter moves by its own norm)", ylabel="loss")
     return fig
 
-@_styled
+@styled
 def barrier_curves(curves: dict,    # name -> (alphas, losses), as analysis.barrier gives them
                   ) -> Figure:
     "Loss on the way between two solutions, over the straight line between its ends; the title says where the barrier is highest."
@@ -593,7 +594,7 @@ def barrier_curves(curves: dict,    # name -> (alphas, losses), as analysis.barr
     return fig
 
 # %% ../nbs/03_plots.ipynb #c074
-@_styled
+@styled
 def loss_surface_plot(steps_a,        # [A] along the first direction
                       steps_b,        # [B] along the second
                       losses,         # [A, B], as analysis.loss_surface gives them
@@ -620,7 +621,7 @@ def loss_surface_plot(steps_a,        # [A] along the first direction
     return fig
 
 # %% ../nbs/03_plots.ipynb #c077
-@_styled
+@styled
 def heatmap(matrix,            # [R, C]
             rows: list,        # names
             columns: list,
@@ -632,7 +633,7 @@ def heatmap(matrix,            # [R, C]
             high: float | None = 1.,
            ) -> Figure:
     "A matrix as colours, each with its number while they fit; what is not finite stays grey."
-    matrix = np.asarray(_array(matrix), dtype=np.float64)
+    matrix = np.asarray(as_array(matrix), dtype=np.float64)
     if matrix.shape != (len(rows), len(columns)) or not matrix.size: raise LabError(f"heatmap got a matrix {matrix.shape} for {len(rows)} rows and {len(columns)} columns; expected one name each, at least 1")
     finite = matrix[np.isfinite(matrix)]
     low, high = (given if given is not None else float(of(finite)) if len(finite) else 0. for given, of in ((low, np.min), (high, np.max)))
@@ -651,7 +652,7 @@ def heatmap(matrix,            # [R, C]
     return fig
 
 # %% ../nbs/03_plots.ipynb #c081
-@_styled
+@styled
 def distance_dots(rows: list,        # each {name, value, floor, metric, n, ...} as `fid.Score.row` gives it; drawn in this order; `floor_std`, `error` (half-widths) may be there
                   title: str = "",   # "" states the finding
                  ) -> Figure:
