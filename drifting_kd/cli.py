@@ -11,7 +11,8 @@ from .sweep import compare, expand, load_matrix, load_study, load_yaml, run_swee
 
 # %% auto #0
 __all__ = ['KEY_METRICS', 'find_notebook', 'declared', 'cast', 'parameters', 'execute', 'run_command', 'table', 'notebook_of',
-           'runs_command', 'sweep_command', 'compare_command', 'fid_command', 'reference_command', 'parser', 'main']
+           'runs_command', 'sweep_command', 'compare_command', 'fid_command', 'evaluate_command', 'reference_command',
+           'parser', 'main']
 
 # %% ../nbs/17_cli.ipynb #c005
 def find_notebook(name: str) -> Path:
@@ -202,6 +203,11 @@ def fid_command(args) -> int:
     if args.kid: print(kid(real, fake, judge, seed=args.seed))
     return 0
 
+def evaluate_command(args) -> int:
+    from drifting_kd.kd import evaluate_student
+    for name, value in evaluate_student(args.source, args.split, args.teachers, args.device, args.tracker).items(): print(f"{name:24} {value:.4f}")
+    return 0
+
 def reference_command(args) -> int:
     from drifting_kd.evaluate import judge_for, stats_of
     if not args.output.endswith(".npz"): raise LabError(f"{args.output}: expected a name that ends in .npz")
@@ -243,6 +249,13 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--dry-run", action="store_true", help="list the tuning runs and stop")
     p.add_argument("--workers", type=int, default=1, metavar="N", help="runs at a time")
     p.set_defaults(do=compare_command)
+    p = commands.add_parser("evaluate", help="accuracy, calibration and teacher agreement of a trained classifier: dkd evaluate RUN --split val")
+    p.add_argument("source", metavar="RUN", help="a run, its folder, a checkpoint file or an artifact such as model-RUN:best")
+    p.add_argument("--split", choices=("val", "test"), default="test")
+    p.add_argument("--teachers", default="", help="to agree with, in words (default: those that it learnt from)")
+    p.add_argument("--tracker", default="none", help="wandb, trackio or mlflow: a tracker run of its own")
+    p.add_argument("--device", default="cpu")
+    p.set_defaults(do=evaluate_command)
     p = commands.add_parser("fid", help="distance between two sets of images, with its floor: dkd fid digits:test RUN")
     p.add_argument("real", metavar="A", help="the real images: digits:test, a folder, .zip, .npz, ...")
     p.add_argument("fake", metavar="B", help="the others; also a run of a generator or a checkpoint")

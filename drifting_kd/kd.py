@@ -8,6 +8,7 @@ import contextlib, dataclasses, functools, hashlib, inspect, json, math, os, re,
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -17,7 +18,7 @@ from .core import LabError, locked, once, plain, read_json, runs_folder, split_w
 from .data import Batch, Batches, Dataset, Split, hash32, load_dataset, num_views, stratified, view_pixels
 from .models import Frozen, checkpoint_file, checkpoint_model, count_parameters, load_checkpoint, model_name, pretrained
 from .plots import COLOURS, Figure, Picture, styled
-from .track import resolve_artifact
+from .track import resolve_artifact, start_tracker
 
 # %% auto #0
 __all__ = ['GATES', 'LOSSES', 'WEIGHTS', 'METHODS', 'FEATURE_WEIGHTS', 'KINDS', 'PAGE', 'kd_loss', 'dkd_loss', 'nkd_loss',
@@ -1199,8 +1200,9 @@ def evaluate_student(source,               # run name, run folder, checkpoint fi
                      split: str = "test",  # or val
                      teachers: str = "",   # to agree with; empty: those that the checkpoint names
                      device: str = "cpu",
+                     tracker: str = "none", # wandb, trackio, mlflow: a tracker run of its own
                     ) -> dict:
-    "Accuracy, loss, AUROC, calibration error and teacher agreement; also written to the run's eval/."
+    "Accuracy, loss, AUROC, calibration error and teacher agreement; also written to the run's eval/, and to a tracker."
     if split not in ("val", "test"): raise unknown("split", split, ("val", "test"))
     file = checkpoint_file(source) if Path(source).exists() or (runs_folder() / source).exists() else resolve_artifact(str(source))
     checkpoint = load_checkpoint(file)
@@ -1215,6 +1217,8 @@ def evaluate_student(source,               # run name, run folder, checkpoint fi
     found = classification_metrics(logits.numpy(), part.labels.numpy())
     if words := split_words(teachers) or task.get("teachers"): found["teacher_agreement"] = float((logits.argmax(1) == ensemble(Teachers(words, data, device), batches).cpu()).double().mean())
     found = {f"{split}/{k}": v for k, v in found.items()}
-    folder = (file.parent.parent if file.parent.name == "checkpoints" else file.parent) / "eval"
-    if folder.is_dir(): write_json(folder / f"student_{file.stem}_{split}.json", dict(source=str(source), teachers=words or [], metrics=plain(found)))
+    home, facts = file.parent.parent if file.parent.name == "checkpoints" else file.parent, dict(source=str(source), split=split, teachers=words or [])
+    if (home / "eval").is_dir(): write_json(home / "eval" / f"student_{file.stem}_{split}.json", facts | dict(metrics=plain(found)))
+    told = start_tracker(tracker, Run.join(SimpleNamespace(project=c.get("project", "drifting_kd")), "evaluate", str(home), False), plain(c) | facts, job="evaluate")
+    told.log(found, checkpoint["step"]), told.summary(found), told.finish()
     return found

@@ -18,6 +18,11 @@ def test_the_notebook_reads_as_a_report(lab):
     summary = json.loads((run / "metrics.json").read_text())
     assert {"val/teacher_agreement", "test/teacher_agreement", "test/last_accuracy", "test/auroc", "test/ece", "train/loss_total", "kd_method", "temperature", "model_name", "checkpoint_path"} <= set(summary) and len(summary["teachers"]) == 2
     assert len([r["sha256"] for r in summary["teacher_rows"]]) == 2
+    out = dkd("evaluate", f"model-{run.name}:best", "--split", "val", "--tracker", "wandb")  # an artifact, in a tracker run of its own
+    assert out.returncode == 0, out.stderr
+    told = dict(line.split() for line in out.stdout.splitlines() if line.startswith("val/"))
+    assert abs(float(told["val/accuracy"]) - summary["val/accuracy"]) < 1e-3 and {"val/loss", "val/accuracy_percent", "val/auroc", "val/ece", "val/teacher_agreement"} <= set(told)
+    assert any("evaluate" in key for key in json.loads((run / "tracker.json").read_text())) and list(run.glob("wandb/offline-run-*"))
 
 def test_killed_and_resumed_is_the_same(lab):
     "With logits from a cache that fills as it goes, and regressors that belong to no model."
