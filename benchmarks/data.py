@@ -5,11 +5,12 @@
 Random images of CIFAR's size; crop with padding 4, mirror, normalise. Both loaders run on one thread in this process, in turns, and CPU time is
 counted, so a busy machine hurts both alike. The step is a forward, backward and SGD step on `threads` threads, channels last, batch 128.
 """
-import argparse, statistics, sys, time
+import statistics, sys, time
 from pathlib import Path
 import numpy as np, torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from asked import asked
 from drifting_kd.core import environment, import_torchvision, write_json
 from drifting_kd.data import Batches, Split, normalize
 
@@ -69,11 +70,7 @@ def share(split: Split, threads: int, repeats: int, batch_size: int = 128, steps
             "loader_share_percent": 100 * statistics.median(r[0] for r in rows), "images_per_second": statistics.median(r[1] for r in rows)}
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=2, help="for the training step")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "data.json")
-    args = parser.parse_args()
+    args = asked(__doc__, "data.json", repeats=5, threads=2)  # threads of the training step
     torch.set_num_threads(1)
     generator = torch.Generator().manual_seed(0)
     n = 45_000
@@ -82,7 +79,6 @@ def main() -> None:
               "loaders": [loaders(split, b, args.repeats) for b in (128, 512)], "step": share(split, args.threads, args.repeats), "environment": environment()}
     for row in result["loaders"]: print(f"batch {row['batch_size']}: DataLoader + PIL {row['torchvision_pil']:,.0f}, Batches {row['batches']:,.0f} images per CPU-second: {row['ratio']:.1f}x")
     print(f"loader: {result['step']['loader_share_percent']:.2f} % of a ResNet-8 step ({result['step']['images_per_second']:,.0f} images/s, {args.threads} threads)")
-    args.out.parent.mkdir(parents=True, exist_ok=True)
     write_json(args.out, result)
 
 if __name__ == "__main__": main()

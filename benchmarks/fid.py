@@ -6,11 +6,12 @@ Noise images. clean-fid reads them as PNG files through its own data set and loa
 sampler. The network is left out on both sides: its place is taken by features that are already there. All ways take turns and CPU time is counted, so
 a busy machine hurts them alike. The trace term is for two covariances of rectified features; half of the reference is computed once, as for a run's checkpoints.
 """
-import argparse, statistics, sys, tempfile, time, warnings
+import statistics, sys, tempfile, time, warnings
 from pathlib import Path
 import numpy as np, torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from asked import asked
 from drifting_kd.core import environment, generator, import_torchvision, write_json
 from drifting_kd.fid import Extractor, Moments, covariance_half, fid, frechet_distance, images_of, random_extractor, resize_for
 
@@ -111,17 +112,9 @@ def agreement(dims: int, folder: Path) -> dict:
     return rows
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--images", type=int, default=1000)
-    parser.add_argument("--size", type=int, default=32)
-    parser.add_argument("--dims", type=int, default=2048)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--agreement", action="store_true", help="how far numbers are from clean-fid's, instead of times; results/fid_agreement.json")
-    parser.add_argument("--out", type=Path, default=None)
-    args = parser.parse_args()
+    args = asked(__doc__, "", images=1000, size=32, dims=2048, repeats=5, threads=1, agreement=False)
     torch.set_num_threads(args.threads)
-    args.out = args.out or Path(__file__).parent / "results" / ("fid_agreement.json" if args.agreement else "fid.json")
+    if args.out.is_dir(): args.out = args.out / ("fid_agreement.json" if args.agreement else "fid.json")
     if args.agreement:
         with tempfile.TemporaryDirectory() as folder: rows = agreement(args.dims, Path(folder))
         for name, value in rows.items(): print(f"{name:40}{value:.1e}")
@@ -131,7 +124,6 @@ def main() -> None:
     for name, row in result["pixels"]["ways"].items(): print(f"{name:28}{row['ms_per_image']:8.3f} CPU-ms an image, {row['share']:.2f} of clean-fid's data set ({row['share_min']:.2f} to {row['share_max']:.2f})")
     for name, row in result["trace"]["ways"].items(): print(f"{name:28}{row['seconds']:8.2f} CPU-s, {row['share']:.2f} of sqrtm ({row['share_min']:.2f} to {row['share_max']:.2f})")
     print(f"distance differs by {result['trace']['relative_difference']:.0e} from sqrtm's")
-    args.out.parent.mkdir(parents=True, exist_ok=True)
     write_json(args.out, result)
 
 if __name__ == "__main__": main()

@@ -145,7 +145,15 @@ def drifting_step(data, device: str, epochs: int) -> dict:
         print(name, rows[name], flush=True)
     return rows
 
-MEASUREMENTS = dict(training=training, determinism=determinism, overhead=overhead, optimizers=optimizers, drift=drifting, drift_step=drifting_step, evaluation=evaluation)
+def distillation(data, device: str, epochs: int) -> dict:
+    "A step with three teachers: the student alone, with cached logits, with live teachers."
+    from kd import PAIRS, compare, random_data as views
+    turns, pairs = (24, 24) if epochs > 1 else (2, 1), PAIRS if epochs > 1 else dict(list(PAIRS.items())[:1])
+    rows = {pair: compare(names, views(256), 64, *turns, device) for pair, names in pairs.items()}
+    for pair, r in rows.items(): print(pair, {k: r[k] for k in ("ms_per_step", "live_over_cached", "cached_over_alone")}, flush=True)
+    return rows
+
+MEASUREMENTS = dict(training=training, determinism=determinism, overhead=overhead, optimizers=optimizers, drift=drifting, drift_step=drifting_step, distillation=distillation, evaluation=evaluation)
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])

@@ -4,18 +4,18 @@
 
 All three train the same student on the same batches in one process, in turns of one step (live ones more seldom), and CPU time is counted (on a GPU: the clock), so a busy machine hurts all alike.
 Live teachers are as fast as the library makes them: BatchNorm folded, channels last. The cache is filled before; the images are random, since the cost of a step does not depend on what is on them.
-`lookup` times reading three teachers' logits by itself, `hinton` the loss with three teachers.
+The methods' step is that of `dynamic`, as a run takes it (confidence-aware weights, a gate, its metrics). `lookup` times reading three teachers' logits by itself, `loss_ms` each method's loss, forth and back, by itself.
 """
-import argparse, itertools, os, statistics, sys, tempfile, time
+import itertools, os, statistics, sys, tempfile, time
 from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from asked import asked
 from drifting_kd.core import environment, seed_everything, write_json
 from drifting_kd.data import Dataset, Split, normalize
-from drifting_kd.kd import HostBatches, Teachers, cache_bytes
+from drifting_kd.kd import HostBatches, Teachers, cache_bytes, distill_terms
 from drifting_kd.models import create_model, frozen
 
 PAIRS = {"resnet20 <- 3x resnet56": ("resnet20", "resnet56"), "resnet8x4 <- 3x resnet32x4": ("resnet8x4", "resnet32x4")}
@@ -25,10 +25,6 @@ def random_data(n: int) -> Dataset:
     g = torch.Generator().manual_seed(0)
     def split(k): return Split(torch.randint(0, 256, (k, 32, 32, 3), dtype=torch.uint8, generator=g), torch.randint(0, 100, (k,), generator=g), torch.arange(k), 4, True)
     return Dataset("random", split(n), split(100), split(100), [str(c) for c in range(100)], MEAN, STD, 4, True, "random", "random", "none")
-
-def hinton(student: torch.Tensor, teachers: torch.Tensor, T: float = 4.) -> torch.Tensor:
-    "Mean KL from three teachers at T = 4."
-    return T * T * F.kl_div(F.log_softmax(student / T, 1).expand_as(teachers).flatten(0, 1), F.log_softmax(teachers / T, -1).flatten(0, 1), reduction="batchmean", log_target=True)
 
 class Student:
     "A student and its optimiser; `teach` gives [K, B, C] of a batch, or is None."
@@ -40,8 +36,7 @@ class Student:
     def step(self, b) -> None:
         self.optimizer.zero_grad()
         logits = self.model(normalize(b.x, MEAN, STD))
-        loss = F.cross_entropy(logits, b.y)
-        if self.teach: loss = loss + hinton(logits, self.teach(b))
+        loss = distill_terms("dynamic", logits, self.teach(b), b.y)[0] if self.teach else F.cross_entropy(logits, b.y)
         loss.backward()
         self.optimizer.step()
 
@@ -70,23 +65,17 @@ def compare(names: tuple, data: Dataset, batch: int, repeats: int, live: int, de
     assert [c.computed for c in teachers.caches] == filled, "the cache was not full"
     lookup = [clock(lambda: teachers(b), device) for b in batches * 20]
     z, t = torch.randn(batch, 100, device=device, requires_grad=True), torch.randn(3, batch, 100, device=device)
-    loss = [clock(lambda: hinton(z, t).backward(), device) for _ in range(50)]
+    y = torch.arange(batch, device=device) % 100
+    loss = {m: statistics.median(clock(lambda: distill_terms(m, z, t, y, progress=1.)[0].backward(), device) for _ in range(50)) for m in ("hinton", "ca_weighted", "dynamic", "confidence", "dkd+ls+ca", "mlkd")}
     times = {way: v[1:] for way, v in times.items()}  # the first turn warms up
     ms = {way: statistics.median(v) for way, v in times.items()}
     ratios = [c / a for a, c in zip(times["alone"], times["cached"])]
     return dict(batch_size=batch, turns={way: len(v) for way, v in times.items()}, ms_per_step=ms, live_over_cached=ms["live"] / ms["cached"], cached_over_alone=statistics.median(ratios), cached_over_alone_quartiles=statistics.quantiles(ratios, n=4),
-                cached_over_alone_of_fastest_steps=min(times["cached"]) / min(times["alone"]), lookup_ms=statistics.median(lookup), lookup_us_per_image_and_teacher=1e3 * statistics.median(lookup) / batch / 3, hinton_ms=statistics.median(loss),
+                cached_over_alone_of_fastest_steps=min(times["cached"]) / min(times["alone"]), lookup_ms=statistics.median(lookup), lookup_us_per_image_and_teacher=1e3 * statistics.median(lookup) / batch / 3, loss_ms=loss,
                 whole_cache_gb_of_50000_images=3 * cache_bytes(50_000, 162, 100) / 1e9)
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--repeats", type=int, default=24)
-    parser.add_argument("--live", type=int, default=6)
-    parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "kd.json")
-    args = parser.parse_args()
+    args = asked(__doc__, "kd.json", repeats=24, live=6, batch=64, threads=1, device="cpu")
     torch.set_num_threads(args.threads)
     seed_everything(0, "on")
     data, rows = random_data(4 * args.batch), {}
@@ -96,7 +85,7 @@ def main() -> None:
             rows[pair] = r = compare(names, data, args.batch, args.repeats, args.live, args.device)
             ms = r["ms_per_step"]
             print(f"{pair}: alone {ms['alone']:.0f}, cached {ms['cached']:.0f}, live {ms['live']:.0f} ms a step; live / cached {r['live_over_cached']:.2f}, cached / alone {r['cached_over_alone']:.3f} "
-                  f"(quartiles {r['cached_over_alone_quartiles'][0]:.3f}, {r['cached_over_alone_quartiles'][2]:.3f}; fastest {r['cached_over_alone_of_fastest_steps']:.3f}); lookup {r['lookup_ms']:.2f} ms, {r['lookup_us_per_image_and_teacher']:.1f} us an image and teacher; loss {r['hinton_ms']:.2f} ms", flush=True)
+                  f"(quartiles {r['cached_over_alone_quartiles'][0]:.3f}, {r['cached_over_alone_quartiles'][2]:.3f}; fastest {r['cached_over_alone_of_fastest_steps']:.3f}); lookup {r['lookup_ms']:.2f} ms, {r['lookup_us_per_image_and_teacher']:.1f} us an image and teacher; losses " + ", ".join(f"{k} {v:.2f}" for k, v in r['loss_ms'].items()) + " ms", flush=True)
     write_json(args.out, dict(what="one distillation step with three teachers: live, cached, and the student alone; CPU time (on a GPU: the clock)", repeats=args.repeats, pairs=rows, environment=environment(device=args.device)))
 
 if __name__ == "__main__": main()

@@ -6,12 +6,12 @@ Both train on the same batches in one process, in turns of `steps` steps, and CP
 `parts` times by themselves the things that `fit` does in a step and a bare loop does not; `layer norms` is what `layer_norms=True` adds.
 `fit` has everything on: EMA, gradient clipping, metrics on the device, the not-finite guard, a log line every 50 steps (the default), deterministic kernels (for both, since the switch is the process's).
 """
-import argparse, itertools, os, statistics, sys, tempfile, time
+import itertools, os, statistics, sys, tempfile, time
 from pathlib import Path
 import torch
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
+from asked import asked
 from drifting_kd.core import Run, environment, seed_everything, write_json
 from drifting_kd.data import Batches, Dataset, Split, normalize
 from drifting_kd.models import create_model
@@ -90,12 +90,7 @@ def parts(data: Dataset, n: int = 200) -> dict:
     return {"bare_step_cpu_ms": step, "cpu_ms": found, "percent_of_a_step": {k: 100 * v / step for k, v in found.items()}}
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--repeats", type=int, default=120)
-    parser.add_argument("--steps", type=int, default=5)
-    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "loop.json")
-    args = parser.parse_args()
+    args = asked(__doc__, "loop.json", repeats=120, steps=5, threads=[1, 2])
     data, rows = random_data(), {}
     with tempfile.TemporaryDirectory() as folder:
         os.environ["DKD_ROOT"] = folder

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor, nn
-from .core import LabError, locked, once, plain, read_json, runs_folder, split_words, unknown, write_json
+from .core import LabError, choose_device, locked, once, plain, read_json, runs_folder, split_words, unknown, write_json
 from .data import Batch, Batches, Dataset, Split, hash32, load_dataset, num_views, stratified, view_pixels
 from .models import Frozen, checkpoint_file, checkpoint_model, count_parameters, load_checkpoint, model_name, pretrained
 from .plots import COLOURS, Figure, Picture, styled
@@ -24,11 +24,11 @@ from .track import resolve_artifact, start_tracker
 __all__ = ['GATES', 'LOSSES', 'WEIGHTS', 'METHODS', 'FEATURE_WEIGHTS', 'KINDS', 'PAGE', 'kd_loss', 'dkd_loss', 'nkd_loss',
            'dist_loss', 'mlkd_loss', 'standardize', 'ls', 'uniform_weights', 'ca_weights', 'entropy_weights',
            'most_confident_weights', 'aekd_weights', 'gate_bounds', 'gate', 'gate_saturated', 'Composition',
-           'composition', 'distill_terms', 'FitNet', 'attention_transfer', 'similarity_preserving', 'relational',
-           'class_groups', 'drift_term', 'Teacher', 'load_teacher', 'Teachers', 'halves', 'fit_temperature', 'log_odds',
-           'quantiles_by_class', 'transport', 'Calibration', 'plot_confidences', 'cache_bytes', 'disk_bytes',
-           'cache_facts', 'cache_folder', 'ViewCache', 'HostBatches', 'DistillConfig', 'train_teachers',
-           'train_baseline', 'Distill', 'ensemble', 'plot_gates', 'evaluate_student']
+           'composition', 'soft_weight', 'teacher_weights', 'distill_terms', 'FitNet', 'attention_transfer',
+           'similarity_preserving', 'relational', 'class_groups', 'drift_term', 'Teacher', 'load_teacher', 'Teachers',
+           'halves', 'fit_temperature', 'log_odds', 'quantiles_by_class', 'transport', 'Calibration',
+           'plot_confidences', 'cache_bytes', 'disk_bytes', 'cache_facts', 'cache_folder', 'ViewCache', 'HostBatches',
+           'DistillConfig', 'train_teachers', 'train_baseline', 'Distill', 'ensemble', 'plot_gates', 'evaluate_student']
 
 # %% ../nbs/12_kd.ipynb #c005
 def _wide(x: Tensor) -> Tensor: return x if x.dtype == torch.float64 else x.float()
@@ -136,7 +136,7 @@ def dist_loss(student: Tensor, teacher: Tensor, labels: Tensor, T: float = 1.,
     s, t = student / T, teacher / T
     rows = (_unit(s.softmax(-1), -1) - _unit(t.softmax(-1), -1)).square().sum(-1) / 2
     columns = (_column_directions(s) - _column_directions(t)).square().sum(-2).mean(-1, keepdim=True) / 2
-    return beta * rows + gamma * columns
+    return T * T * (beta * rows + gamma * columns)
 
 # %% ../nbs/12_kd.ipynb #c028
 def _less_sure_half(confidence: Tensor) -> Tensor: return confidence <= confidence.quantile(.5, dim=-1, keepdim=True)
@@ -163,7 +163,7 @@ def mlkd_loss(student: Tensor, teacher: Tensor, labels: Tensor,
 # %% ../nbs/12_kd.ipynb #c031
 def standardize(logits: Tensor) -> Tensor: # [..., C]
     "Mean 0 and variance 1 for each sample; constant logits become 0."
-    return _unit(_wide(logits), -1) * logits.shape[-1] ** .5
+    return _unit(_wide(logits), -1) * (logits.shape[-1] - 1) ** .5
 
 def ls(loss: Callable) -> Callable:
     "The same loss of standardised logits."
@@ -299,7 +299,7 @@ class Composition:
     gate: str = "constant"      # of GATES
     combine: str = "mix"        # mix: the label gets what the gate leaves; add: the label counts fully
     T: float = 0.               # 0 is the loss's own
-    weight: float = 0.          # of the soft loss; 0 is 1, and 9 for standardised logits
+    weight: float | None = None # of the soft loss; None is 1, and 9 for standardised logits
     alpha: float = 1.           # of the label's cross-entropy
     value: float = 1.           # of a constant gate; of a schedule at the start
     end: float = 0.             # of a schedule at the end of training
@@ -316,6 +316,7 @@ class Composition:
             if getattr(self, what) not in allowed: raise unknown(what, getattr(self, what), allowed)
         for what, top in (("T", math.inf), ("weight", math.inf), ("alpha", math.inf), ("value", 1), ("end", 1), ("gamma", math.inf), ("threshold", 1), ("warmup", 1)):
             v = getattr(self, what)
+            if v is None and what == "weight": continue
             if not isinstance(v, (int, float)) or isinstance(v, bool) or not 0 <= v <= top or v == math.inf: raise LabError(f"{what}={v!r}: expected a number from 0{f' to {top}' if top == 1 else ' upwards'}")
         known = set(inspect.signature(LOSSES[self.loss][0]).parameters) - {"student", "teacher", "labels", "T"} if self.loss else set()
         for name in self.options:
@@ -323,7 +324,13 @@ class Composition:
         if not self.loss and (self.standardized or (self.weights, self.gate) != ("uniform", "constant")): raise LabError("method none has no teachers: leave out weights, gate and ls, or choose another method")
 
     @property
-    def temperature(self) -> float | tuple: return self.T or LOSSES[self.loss][2 if self.standardized else 1]
+    def temperature(self) -> float | tuple: return self.T or (LOSSES[self.loss][2 if self.standardized else 1] if self.loss else 0.)
+
+    def resolved(self) -> dict:
+        "Every number that is used, the loss's own defaults too."
+        if not self.loss: return dict(loss="")
+        own = {n: p.default for n, p in inspect.signature(LOSSES[self.loss][0]).parameters.items() if p.default is not p.empty and n != "T"}
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "names"} | dict(T=self.temperature, weight=soft_weight(self), options=own | self.options)
 
 # %% ../nbs/12_kd.ipynb #c054
 METHODS = {
@@ -359,13 +366,22 @@ def composition(method: str | Composition, # a name of METHODS, with "+ls" and n
 # %% ../nbs/12_kd.ipynb #c058
 def _soft(m: Composition, student: Tensor, teacher_logits: Tensor, labels: Tensor, confidences: Tensor | None) -> tuple[Tensor, dict]:
     "Each sample's loss from all teachers, [B]."
-    function, loss = LOSSES[m.loss][0], functools.partial(LOSSES[m.loss][0], **m.options)
-    if m.standardized: loss = ls(loss)
-    extra = {"ca": dict(confidences=confidences), "most_confident": dict(confidences=confidences), "aekd": dict(student=student, loss=loss, T=m.temperature)}.get(m.weights, {})
-    w, metrics = WEIGHTS[m.weights](teacher_logits, labels, **extra), {}
+    (w, loss), metrics = teacher_weights(m, student, teacher_logits, labels, confidences), {}
     if m.weights == "most_confident": metrics = {f"train/teacher_{i}_usage_fraction": share for i, share in enumerate(w.mean(1))}
     elif m.reduction == "batch": w = w.mean(1, keepdim=True)
     return (w * loss(student, teacher_logits, labels, T=m.temperature)).sum(0), metrics
+
+def soft_weight(m: Composition) -> float:
+    "The weight of the soft loss; standardised logits are published with 9 in all, whatever a constant gate takes off."
+    if m.weight is not None: return m.weight
+    return (9. / (m.value if (m.gate, m.combine) == ("constant", "mix") else 1.)) if m.standardized else 1.
+
+def teacher_weights(m: Composition, student: Tensor, teacher_logits: Tensor, labels: Tensor, confidences: Tensor | None) -> tuple[Tensor, Callable]: # [K, B], and the loss that they weigh
+    "What each teacher counts for each sample."
+    loss = functools.partial(LOSSES[m.loss][0], **m.options)
+    if m.standardized: loss = ls(loss)
+    extra = {"ca": dict(confidences=confidences), "most_confident": dict(confidences=confidences), "aekd": dict(student=student, loss=loss, T=m.temperature)}.get(m.weights, {})
+    return WEIGHTS[m.weights](teacher_logits, labels, **extra), loss
 
 def _gate(m: Composition, teacher_logits: Tensor, labels: Tensor, progress: float, confidences: Tensor | None) -> tuple[Tensor, dict]:
     "Each sample's gate, [B], and what is logged of it."
@@ -401,7 +417,7 @@ def distill_terms(method: str | Composition,      # a name for `composition`, or
     teacher_logits, confidences = teacher_logits.detach(), confidences.detach() if isinstance(confidences, Tensor) else confidences
     soft, metrics = _soft(m, student, teacher_logits, labels, confidences)
     g, shown = _gate(m, teacher_logits, labels, progress, confidences)
-    scale = (m.weight or (9. if m.standardized else 1.)) * (min(progress / m.warmup, 1.) if m.warmup else 1.)
+    scale = soft_weight(m) * (min(progress / m.warmup, 1.) if m.warmup else 1.)
     total = (g * scale * soft + (1 - g if m.combine == "mix" else 1.) * m.alpha * hard).mean()
     losses = {f"train/loss_{name}": value.detach().mean() for name, value in zip(m.names, (soft, hard))}
     return total, losses | {"train/loss_total": total.detach()} | shown | metrics
@@ -594,7 +610,7 @@ def load_teacher(source,         # a run folder, run name, checkpoint file, arti
     else:
         name, _, weights = str(source).partition("=")
         try: net = pretrained(name, weights, num_classes=data.num_classes, device=device, dtype=dtype)
-        except LabError as e: raise LabError(f"teacher {source!r} is no run in {runs_folder()}, no file and no artifact, and as a published network: {e}") from None
+        except LabError as e: raise LabError(f"teacher {source!r} is no run in {runs_folder()}, no file and no artifact, and as a published network: {str(e)[:200]}") from None
         teacher = Teacher(net, str(source), sum(p.numel() for p in net.model.parameters()), notes=["its training images are not known"])
     channels = len(teacher.net.mean)
     if channels != data.channels and (channels, data.channels) != (3, 1): raise LabError(f"teacher {teacher.source} sees images of {channels} channels, but {data.name} has {data.channels}; give a teacher of such images")
@@ -881,6 +897,7 @@ def __call__(self: ViewCache,
             ) -> Tensor:    # fp32 [B, C] on the teacher's device
     "Logits from the cache; what is missing is computed and kept."
     values, there = self.get(index, view)
+    if len(x) and (x.device.type == "cpu" or not there.all()): self._check_pixels(x, index, view, int(np.argmin(there)))
     if not there.all():
         missing = torch.from_numpy(~there)
         fresh = self.teacher.steady(x[missing.to(x.device)]).cpu().numpy()
@@ -892,6 +909,14 @@ def __call__(self: ViewCache,
                 warnings.warn(f"teacher cache {self.path} cannot be written ({e.strerror or e}); what is missing is computed live from now on")
     found, device = torch.from_numpy(values), self.teacher.net.device
     return (found.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else found.to(device)).float()
+
+@patch
+def _check_pixels(self: ViewCache, x: Tensor, index: Tensor, view: Tensor, i: int) -> None:
+    "One image of the batch against the data: numbers of test images, for one, mean other images."
+    at = int(index[i])
+    for split in (self.data.train, self.data.val):
+        if len(row := (split.indices == at).nonzero()[:, 0]) and torch.equal(view_pixels(split.images[row], view[i:i + 1].cpu(), self.data.crop_padding)[0], x[i].cpu()): return
+    raise LabError(f"image {at} in view {int(view[i])} is not the one that the cache of {self.data.name} means; caches know training and validation images only, ask others with Teachers.logits")
 
 @patch
 def fill(self: ViewCache,
@@ -957,11 +982,11 @@ class DistillConfig(TrainConfig):
     teacher_models: str = param("resnet14 resnet14 resnet14", "networks of own teachers, in words")
     teacher_epochs: int = param(20, "epochs of own teachers", low=1, high=100_000)
     temperature: float = param(0.0, "temperature of the logits; 0 is the loss's own", low=0, high=1000)
-    kd_weight: float = param(0.0, "weight of the soft loss; 0 is the method's own", low=0, high=1e6)
-    kd_alpha: float = param(0.0, "weight of the label's cross-entropy; 0 is the method's own", low=0, high=1e6)
-    gamma: float = param(0.0, "steepness of a confidence gate; 0 is the method's own", low=0, high=1e6)
-    threshold: float = param(0.0, "confidence at which such a gate is one half; 0 is the method's own", low=0, high=1)
-    beta: float = param(0.0, "weight among the other classes in dkd, of rows in dist; 0 is the loss's own", low=0, high=1e6)
+    kd_weight: float = param(-1.0, "weight of the soft loss; below 0 is the method's own", low=-1, high=1e6)
+    kd_alpha: float = param(-1.0, "weight of the label's cross-entropy; below 0 is the method's own", low=-1, high=1e6)
+    gamma: float = param(-1.0, "steepness of a confidence gate; below 0 is the method's own", low=-1, high=1e6)
+    threshold: float = param(-1.0, "confidence at which such a gate is one half; below 0 is the method's own", low=-1, high=1)
+    options: str = param("", "more of the method, words with equals signs: warmup, value, end, and the loss's alpha, beta, gamma")
     reduction: str = param("sample", "sample, or batch: weights and gate averaged over the batch first", choices=("sample", "batch"))
     confidences: str = param("raw", "raw, calibrated, crossfit or label_free, where the method weighs by confidence", choices=KINDS)
     feature: str = param("", "a feature term beside the logits: fitnet, attention, similarity, relational or drift; another weight than its own after an equals sign; empty is none")
@@ -976,24 +1001,32 @@ class DistillConfig(TrainConfig):
         m = self.composition()
         unused = {"gamma": m.gate != "confidence", "threshold": m.gate != "confidence", "reduction": m.weights in ("uniform", "most_confident") and m.gate in ("constant", "schedule"),
                   "confidences": m.weights not in ("ca", "most_confident") and m.gate not in ("confidence", "max_confidence"), "feature_layers": not self.feature}
-        if not m.loss: unused |= dict.fromkeys(("teachers", "temperature", "kd_weight", "kd_alpha", "beta", "feature", "cache"), True)
+        if not m.loss: unused |= dict.fromkeys(("teachers", "temperature", "kd_weight", "kd_alpha", "options", "feature", "cache"), True)
         for name, why in unused.items():
             if why and getattr(self, name) != self.default(name): raise LabError(f"{name}={getattr(self, name)!r} does nothing with method {self.method!r}" + (" and no feature term" if name == "feature_layers" and m.loss else "") + "; leave it out, or choose another method")
         if m.loss and self.noise: raise LabError(f"noise={self.noise:g}: teachers see the student's views, and noise is none; use noise=0")
         if self.confidences in ("calibrated", "crossfit") and not self.val_fraction: raise LabError(f"confidences={self.confidences!r} need validation images; use val_fraction above 0, or 'raw' or 'label_free'")
         term = self.term()[0]
         if term and self.compile: raise LabError("a feature term looks into the network with hooks; use compile=False, or no feature")
-        if term in ("fitnet", "drift") and self.processes > 1: raise LabError(f"feature={self.feature!r} trains a regressor that processes would not share; use processes=1, or another feature term")
+        if self.processes > 1 and (self.reduction == "batch" or m.loss in ("dist", "mlkd") or term in ("fitnet", "drift", "similarity", "relational")):
+            raise LabError(f"method {self.method!r}{f' with feature {term}' if term else ''}, reduction={self.reduction!r}: it looks at whole batches or trains a regressor, and processes would each see a part; use processes=1")
         if not self.teachers and not self.teacher_models and m.loss: raise LabError(f"method {self.method!r} needs teachers: name them, or the networks of own ones in teacher_models")
 
     def default(self, name: str): return next(f.default for f in dataclasses.fields(self) if f.name == name)
 
     def composition(self) -> Composition:
         "The method with the fields that are given."
-        given = dict(T=self.temperature, weight=self.kd_weight, alpha=self.kd_alpha, gamma=self.gamma, threshold=self.threshold)
         if self.method == "none": return METHODS["none"]
-        given = {k: v for k, v in given.items() if v} | ({"options": {"beta": self.beta}} if self.beta else {})
-        return composition(self.method, reduction=self.reduction, **given)
+        given = {k: v for k, v in dict(weight=self.kd_weight, alpha=self.kd_alpha, gamma=self.gamma, threshold=self.threshold).items() if v >= 0} | (dict(T=self.temperature) if self.temperature else {})
+        own, more = inspect.signature(LOSSES[composition(self.method).loss][0]).parameters, {}
+        for word in split_words(self.options):
+            name, _, text = word.partition("=")
+            try: value = float(text)
+            except ValueError: raise LabError(f"options={self.options!r}: expected words such as beta=2") from None
+            if name in own and name not in ("student", "teacher", "labels", "T"): more[name] = value
+            elif name in ("warmup", "value", "end"): given[name] = value
+            else: raise unknown("option", name, (*[n for n in own if n not in ("student", "teacher", "labels", "T")], "warmup", "value", "end"), f"in method {self.method!r}")
+        return composition(self.method, reduction=self.reduction, **given, **({"options": more} if more else {}))
 
 # %% ../nbs/12_kd.ipynb #c136
 @patch
@@ -1069,7 +1102,7 @@ class Distill(Classify):
         if cfg.cache != "off": self.teachers.cache(epochs=math.ceil(self.total / self.epoch_steps) if cfg.cache == "lazy" else 0)
         if cfg.cache == "ahead":
             for cache in self.teachers.caches: cache.fill(rank=rank, world=world)
-        if len(self.data.val): self.teachers.calibrate(cfg.split_seed)
+        if len(self.data.val) and not self.teachers.calibration: self.teachers.calibrate(cfg.split_seed)
         if self.feature in ("fitnet", "drift"): self.make_regressors()
 
     def batches(self, epoch: int) -> HostBatches:
@@ -1089,8 +1122,11 @@ class Distill(Classify):
         return loss, metrics | {"train/accuracy": (logits.detach().argmax(1) == batch.y).float().mean()}
 
     def parameters(self) -> list[nn.Parameter]: return [*super().parameters(), *self.regressors.parameters()]
-    def state(self) -> dict: return dict(regressors=self.regressors.state_dict())
-    def load_state(self, state: dict) -> None: self.regressors.load_state_dict(state["regressors"])
+    def state(self) -> dict: return dict(regressors=self.regressors.state_dict(), teachers=self.hashes())
+    def load_state(self, state: dict) -> None:
+        if state["teachers"] != self.hashes(): raise LabError(f"this run was started with other teachers: their hashes were {[h[:12] for h in state['teachers']]}, those of {' '.join(self.sources)} are {[h[:12] for h in self.hashes()]}; restore them, or start a new run")
+        self.regressors.load_state_dict(state["regressors"])
+    def hashes(self) -> list[str]: return [t.net.sha256 for t in self.teachers] if self.teachers else []
     def part(self, split: str) -> Split: return self.selection if split == "val" else super().part(split)
 
 # %% ../nbs/12_kd.ipynb #c142
@@ -1115,8 +1151,9 @@ def feature_loss(self: Distill, inside: dict, taught: list, labels: Tensor) -> T
             s, regressor = inside[name], self.regressors[f"{k}_{i}"] if f"{k}_{i}" in self.regressors else None
             if kind == "fitnet": terms.append(regressor(s, t))
             elif kind == "attention": terms.append(attention_transfer(s, t))
-            elif kind == "drift": terms.append(drift_term(regressor.regress(_pooled(s)) if regressor else _pooled(s), _pooled(t), labels)[0])
-            else: terms.append({"similarity": similarity_preserving, "relational": relational}[kind](_pooled(s), _pooled(t)))
+            elif kind == "drift": terms.append(drift_term(regressor.regress(_pooled(s)) if regressor else _pooled(s), _pooled(t), labels, "class" if len(labels) >= 4 * self.data.num_classes else "batch")[0])
+            elif kind == "similarity": terms.append(similarity_preserving(s, t))
+            else: terms.append(relational(_pooled(s), _pooled(t)))
     return torch.stack(terms).mean()
 
 @patch
@@ -1153,10 +1190,15 @@ def evaluate(self: Distill, model: nn.Module, split: str) -> dict:
 @patch
 def taught_by(self: Distill) -> dict:
     rows = self.teachers.rows() if self.teachers else []
-    return dict(teachers=[row["source"] for row in rows], kd_method=self.cfg.method, temperature=plain(self.method.temperature) if self.teachers else None, teacher_rows=plain(rows))
+    return dict(teachers=[row["source"] for row in rows], kd_method=self.cfg.method, temperature=plain(self.method.temperature) if self.teachers else None, composition=plain(self.method.resolved()), teacher_rows=plain(rows))
 
 @patch
-def summary(self: Distill) -> dict: return self.taught_by()
+def summary(self: Distill) -> dict:
+    computed = sum(c.computed for c in self.teachers.caches) if self.teachers else 0
+    return self.taught_by() | (dict(cache_computed=computed) if self.cfg.cache != "off" else {})
+
+@patch
+def hyperparameters(self: Distill) -> dict: return self.taught_by()
 
 @patch
 def facts(self: Distill) -> dict: return Classify.facts(self) | self.taught_by()
@@ -1170,9 +1212,9 @@ def gates(self: Distill, epoch: int) -> tuple[Tensor, Tensor]: # [N], [K, N]
     for batch in self.batches(epoch):
         z = self.teachers(batch)
         c = self.teachers.confidences(z, batch, self.cfg.confidences)
-        extra = dict(confidences=c) if m.weights in ("ca", "most_confident") else {}
-        if m.weights == "aekd": extra = dict(student=self.model.eval()(normalize(batch.x, self.data.mean, self.data.std)), loss=functools.partial(LOSSES[m.loss][0], **m.options), T=m.temperature)
-        found.append((gate(m.gate, c, min(epoch * self.epoch_steps / self.total, 1.), m.value, m.end, m.gamma, m.threshold), WEIGHTS[m.weights](z, batch.y, **extra)))
+        with undisturbed(self.model): student = self.model(normalize(batch.x, self.data.mean, self.data.std)) if m.weights == "aekd" else None
+        w = teacher_weights(m, student, z, batch.y, c if self.cfg.confidences != "raw" else None)[0]
+        found.append((gate(m.gate, c, min(epoch * self.epoch_steps / self.total, 1.), m.value, m.end, m.gamma, m.threshold), w))
     return tuple(torch.cat(parts, -1).cpu() for parts in zip(*found))
 
 @styled
@@ -1180,7 +1222,7 @@ def plot_gates(seen: dict,        # epoch -> (gate [N], weights [K, N]), as Dist
                names: list,       # of the teachers
                title: str = "",   # "" states the finding
               ) -> Figure:
-    "Histograms of gates in each epoch, and of each teacher's weights in the last."
+    "Histograms of gates and of each teacher's weights, in each epoch; earlier epochs are paler."
     if not seen: raise LabError("plot_gates got no epochs; give {epoch: Distill.gates(epoch)}")
     fig = Picture(figsize=(8, 3.2), layout="constrained")
     left, right = fig.subplots(1, 2)
@@ -1188,7 +1230,11 @@ def plot_gates(seen: dict,        # epoch -> (gate [N], weights [K, N]), as Dist
     def bars(ax, values, labels):
         ax.hist([v.numpy() for v in values], np.linspace(0, 1, 21), weights=[np.full(len(v), 1 / len(v)) for v in values], label=labels, color=[COLOURS[i % len(COLOURS)] for i in range(len(labels))])
     bars(left, [gates for gates, _ in seen.values()], [f"epoch {e} (mean {gates.mean():.2f})" for e, (gates, _) in seen.items()])
-    bars(right, list(w), [f"{name[:28]} (mean {own.mean():.2f})" for name, own in zip(names, w)])
+    for i, (_, weights) in enumerate(seen.values()):
+        last = i == len(seen) - 1
+        for k, (name, own) in enumerate(zip(names, weights)):
+            right.hist(own.numpy(), np.linspace(0, 1, 21), weights=np.full(len(own), 1 / len(own)), histtype="stepfilled" if last else "step", alpha=.55 if last else .4 + .5 * i / len(seen), color=COLOURS[k % len(COLOURS)],
+                       label=f"{name[:28]} (mean {own.mean():.2f})" if last else None)
     left.set(xlabel="gate: 1 is all that the teachers may count", ylabel="share of samples", xlim=(0, 1))
     right.set(xlabel="weight of a teacher", xlim=(0, 1))
     for ax in (left, right): ax.legend(loc="best", fontsize=7)
@@ -1204,6 +1250,7 @@ def evaluate_student(source,               # run name, run folder, checkpoint fi
                     ) -> dict:
     "Accuracy, loss, AUROC, calibration error and teacher agreement; also written to the run's eval/, and to a tracker."
     if split not in ("val", "test"): raise unknown("split", split, ("val", "test"))
+    device = str(choose_device(device))
     file = checkpoint_file(source) if Path(source).exists() or (runs_folder() / source).exists() else resolve_artifact(str(source))
     checkpoint = load_checkpoint(file)
     c, task = checkpoint["config"], checkpoint["task"]
@@ -1212,12 +1259,21 @@ def evaluate_student(source,               # run name, run folder, checkpoint fi
     part = halves(data.val, c["split_seed"])[1] if split == "val" and "kd_method" in task else getattr(data, split)
     if not len(part): raise LabError(f"{source} has no {split} images; use split='test'")
     batches = Batches(part, 512, 0, augment=False, shuffle=False, drop_last=False, device=device)
+    half = c.get("precision") == "bf16"
     student = load_teacher(str(file), data, device)
-    logits = torch.cat([student.logits(b.x) for b in batches]).cpu()
+    with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=half): logits = torch.cat([student.logits(b.x).float() for b in batches]).cpu()
     found = classification_metrics(logits.numpy(), part.labels.numpy())
-    if words := split_words(teachers) or task.get("teachers"): found["teacher_agreement"] = float((logits.argmax(1) == ensemble(Teachers(words, data, device), batches).cpu()).double().mean())
+    words = split_words(teachers) or task.get("teachers") or []
+    try:
+        asked = Teachers(words, data, device, torch.bfloat16 if half else torch.float32) if words else None
+        told = [] if teachers else [r["sha256"] for r in task.get("teacher_rows", [])]
+        if told and told != (now := [t.net.sha256 for t in asked]): raise LabError(f"its teachers are others now: their hashes were {[h[:12] for h in told]}, and are {[h[:12] for h in now]}")
+        if asked: found["teacher_agreement"] = float((logits.argmax(1) == ensemble(asked, batches).cpu()).double().mean())
+    except LabError as e:
+        if teachers: raise
+        warnings.warn(f"{source}: no teacher agreement, because {e}")
     found = {f"{split}/{k}": v for k, v in found.items()}
-    home, facts = file.parent.parent if file.parent.name == "checkpoints" else file.parent, dict(source=str(source), split=split, teachers=words or [])
+    home, facts = file.parent.parent if file.parent.name == "checkpoints" else file.parent, dict(source=str(source), split=split, teachers=words)
     if (home / "eval").is_dir(): write_json(home / "eval" / f"student_{file.stem}_{split}.json", facts | dict(metrics=plain(found)))
     told = start_tracker(tracker, Run.join(SimpleNamespace(project=c.get("project", "drifting_kd")), "evaluate", str(home), False), plain(c) | facts, job="evaluate")
     told.log(found, checkpoint["step"]), told.summary(found), told.finish()

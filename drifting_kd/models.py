@@ -472,7 +472,8 @@ class Frozen:
 # %% ../nbs/04_models.ipynb #c079
 def checkpoint_file(source: str | Path) -> Path:
     "The checkpoint file that a path, a run folder or a run's name means."
-    path = Path(source) if Path(source).exists() else runs_folder() / source
+    run = runs_folder() / source  # a run's name wins over a file of that name in the folder one happens to be in
+    path = run if Path(source).name == str(source) and (run / "config.json").exists() or not Path(source).exists() else Path(source)
     if not path.exists(): raise LabError(f"{source} does not exist; give a run folder, a run's name, a checkpoint file or a module")
     if path.is_dir():
         if run_state(path) != "finished": raise LabError(f"run {path.name} is not finished ({run_state(path)}); resume it, or give one of the files in {path / 'checkpoints'}")

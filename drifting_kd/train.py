@@ -194,6 +194,9 @@ class Task:
     def summary(self) -> dict:
         "Numbers and names of its own, for checkpoints and the run's summary."
         return {}
+    def hyperparameters(self) -> dict:
+        "What the configuration leaves open and the task has settled, for the tracker."
+        return {}
     def state(self) -> dict:
         "What continues exactly: queues, second networks, their optimisers. Called on every rank, saved by the first; it may gather."
         return {}
@@ -357,7 +360,9 @@ class Loop:
         self.rank, self.world = (self.accelerator.process_index, self.accelerator.num_processes) if self.accelerator else (0, 1)
         run.writes = self.rank == 0
         self.device = self.accelerator.device if self.accelerator else choose_device(cfg.device)
+        before = time.perf_counter(), time.process_time()
         task.setup(self.device, self.rank, self.world)
+        self.setup = time.perf_counter() - before[0], time.process_time() - before[1]
         if self.accelerator: globalize_batchnorm(task.model, self.device)
         self.model, self.parameters = task.model, [p for p in task.parameters() if p.requires_grad]
         self.optimizer = make_optimizer(self.parameters, cfg.optimizer, lr=cfg.lr, momentum=cfg.momentum, betas=cfg.betas, weight_decay=cfg.weight_decay)
@@ -616,7 +621,7 @@ def finish(self: Loop) -> dict:
     summary = {k: v for k, v in self.last_metrics.items() if k.startswith(("val/", "train/", "eval/"))} | at_best
     summary |= {k.replace("/", "/last_", 1): v for k, v in last.items()}
     if self.best: summary |= {f"{self.task.monitor[0].replace('/', '/best_', 1)}": self.best["value"], "best_step": self.best["step"], "best_epoch": self.best["step"] / self.steps_per_epoch}
-    summary |= dict(steps=self.step, epochs=self.step / self.steps_per_epoch, train_seconds=self.elapsed()[0], train_cpu_seconds=self.elapsed()[1], stopped_early=self.step < self.total, processes=self.world, model_name=getattr(cfg, "model", ""),
+    summary |= dict(steps=self.step, epochs=self.step / self.steps_per_epoch, train_seconds=self.elapsed()[0], train_cpu_seconds=self.elapsed()[1], setup_seconds=self.setup[0], setup_cpu_seconds=self.setup[1], stopped_early=self.step < self.total, processes=self.world, model_name=getattr(cfg, "model", ""),
                     parameters=sum(p.numel() for p in self.model.parameters()), checkpoint_path=f"checkpoints/{'best' if self.best else 'last'}.pt")
     summary |= self.task.summary()
     content = self.checkpoint()
@@ -650,7 +655,7 @@ def go(self: Loop) -> dict:
         inductor.deterministic = True
     net = torch.compile(self.model, mode="reduce-overhead" if self.device.type == "cuda" else None) if cfg.compile else self.model
     self.task.net = self.accelerator.prepare_model(net) if self.accelerator else net
-    self.tracker = start_tracker(cfg.tracker, run, plain(cfg), resumed=run.resumed) if self.rank == 0 else None
+    self.tracker = start_tracker(cfg.tracker, run, plain(cfg) | plain(self.task.hyperparameters()), resumed=run.resumed) if self.rank == 0 else None
     self.bar = _bar(self.total, self.step) if self.rank == 0 else None
     try:
         if self.rank == 0 and hasattr(self.task, "data"): self.record_splits()

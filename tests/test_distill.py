@@ -11,7 +11,7 @@ def test_the_notebook_reads_as_a_report(lab):
     out = dkd("run", ROOT / "nbs/distill.ipynb", *(w for k, v in settings.items() for w in ("-p", k, v)))
     assert out.returncode == 0, out.stderr
     run = lab / "runs/small"
-    assert {p.name for p in (run / "figures").iterdir()} >= {"confidences.png", "curves.png", "gates.png", "gate_curves.png"}
+    assert {p.name for p in (run / "figures").iterdir()} >= {"confidences.png", "calibration.png", "curves.png", "gates.png", "gate_curves.png"}
     kinds = sorted(p.name.split("-")[0] for p in (lab / "runs").iterdir() if (p / "metrics.json").exists())
     assert kinds == ["baseline", "small", "teacher", "teacher"]
     for words in ("temperature", "labels only, best validation", "agrees with its teachers", "evaluate_student('small'"): assert words in out.stdout, words
