@@ -910,6 +910,7 @@ def __call__(self: ViewCache,
     found, device = torch.from_numpy(values), self.teacher.net.device
     return (found.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else found.to(device)).float()
 
+# %% ../nbs/12_kd.ipynb #c121
 @patch
 def _check_pixels(self: ViewCache, x: Tensor, index: Tensor, view: Tensor, i: int) -> None:
     "One image of the batch against the data: numbers of test images, for one, mean other images."
@@ -936,7 +937,7 @@ def fill(self: ViewCache,
         if not self.storing: raise LabError(f"the teacher cache {self.path} cannot be filled; free the disk, or let teachers run live")
     return self.computed - before
 
-# %% ../nbs/12_kd.ipynb #c130
+# %% ../nbs/12_kd.ipynb #c131
 @patch
 def cache(self: Teachers,
           folder: str | Path = "",  # "" is runs/.cache/teachers, which all runs share
@@ -965,12 +966,12 @@ class HostBatches(Batches):
             part = slice(at, at := at + len(batch.y))
             yield batch._replace(index=index[part], view=view[part])
 
-# %% ../nbs/12_kd.ipynb #c133
+# %% ../nbs/12_kd.ipynb #c134
 from .core import Run, param, plain
 from .models import activations
 from .train import Classify, TrainConfig, classification_metrics, classifier, fit, normalize, prepare, undisturbed
 
-# %% ../nbs/12_kd.ipynb #c134
+# %% ../nbs/12_kd.ipynb #c135
 @dataclass
 class DistillConfig(TrainConfig):
     "Everything a distilling run needs."
@@ -1028,7 +1029,7 @@ class DistillConfig(TrainConfig):
             else: raise unknown("option", name, (*[n for n in own if n not in ("student", "teacher", "labels", "T")], "warmup", "value", "end"), f"in method {self.method!r}")
         return composition(self.method, reduction=self.reduction, **given, **({"options": more} if more else {}))
 
-# %% ../nbs/12_kd.ipynb #c136
+# %% ../nbs/12_kd.ipynb #c137
 @patch
 def term(self: DistillConfig) -> tuple[str, float]: # "" is none
     "The feature term and its weight."
@@ -1044,7 +1045,7 @@ def layers(self: DistillConfig) -> tuple[list[str], list[str]]: # of the student
     pairs = [word.partition("=") for word in split_words(self.feature_layers)]
     return [mine for mine, _, _ in pairs], [theirs or mine for mine, _, theirs in pairs]
 
-# %% ../nbs/12_kd.ipynb #c138
+# %% ../nbs/12_kd.ipynb #c139
 _RECIPE = ("dataset", "data_root", "image_size", "limit", "val_fraction", "split_seed", "flip", "crop_padding", "normalization", "deterministic", "device", "threads", "batch_size",
            "optimizer", "lr", "momentum", "betas", "weight_decay", "schedule", "milestones", "final_lr", "warmup", "grad_clip", "precision", "compile")
 
@@ -1070,7 +1071,7 @@ def train_baseline(cfg: DistillConfig, data: Dataset) -> str: # the name of its 
         fit(Distill(classifier(own, fresh), fresh, own), own, Run(own, "distill"))
     return once(own.run_name, make)
 
-# %% ../nbs/12_kd.ipynb #c140
+# %% ../nbs/12_kd.ipynb #c141
 def _last_stage(model: nn.Module, whose: str) -> list[str]:
     stages = getattr(model, "stages", None)
     if not isinstance(stages, list): raise LabError(f"{whose} has no stages to choose the last of; name feature_layers")
@@ -1129,7 +1130,7 @@ class Distill(Classify):
     def hashes(self) -> list[str]: return [t.net.sha256 for t in self.teachers] if self.teachers else []
     def part(self, split: str) -> Split: return self.selection if split == "val" else super().part(split)
 
-# %% ../nbs/12_kd.ipynb #c142
+# %% ../nbs/12_kd.ipynb #c143
 @patch
 def ask(self: Distill, batch: Batch) -> tuple[Tensor, list]: # [K, B, C], and for each teacher its features by layer
     "What the teachers say of a batch."
@@ -1171,7 +1172,7 @@ def make_regressors(self: Distill) -> None:
                 self.regressors[f"{k}_{i}"] = FitNet(*widths)
     self.regressors.to(self.device)
 
-# %% ../nbs/12_kd.ipynb #c143
+# %% ../nbs/12_kd.ipynb #c144
 @torch.no_grad()
 def ensemble(teachers: Teachers, batches) -> Tensor: # [N]
     "The class of the teachers' mean probability."
@@ -1203,7 +1204,7 @@ def hyperparameters(self: Distill) -> dict: return self.taught_by()
 @patch
 def facts(self: Distill) -> dict: return Classify.facts(self) | self.taught_by()
 
-# %% ../nbs/12_kd.ipynb #c153
+# %% ../nbs/12_kd.ipynb #c154
 @patch
 @torch.no_grad()
 def gates(self: Distill, epoch: int) -> tuple[Tensor, Tensor]: # [N], [K, N]
@@ -1241,7 +1242,7 @@ def plot_gates(seen: dict,        # epoch -> (gate [N], weights [K, N]), as Dist
     fig.suptitle(title or f"The gate is {g.mean():.2f} on average; weights differ by {w.std(0).mean() if len(w) > 1 else 0:.2f} (standard deviation) within a sample", fontsize=10)
     return fig
 
-# %% ../nbs/12_kd.ipynb #c157
+# %% ../nbs/12_kd.ipynb #c158
 def evaluate_student(source,               # run name, run folder, checkpoint file or artifact
                      split: str = "test",  # or val
                      teachers: str = "",   # to agree with; empty: those that the checkpoint names
