@@ -26,7 +26,7 @@ __all__ = ['GATES', 'LOSSES', 'WEIGHTS', 'METHODS', 'FEATURE_WEIGHTS', 'KINDS', 
            'most_confident_weights', 'aekd_weights', 'gate_bounds', 'gate', 'gate_saturated', 'Composition',
            'composition', 'soft_weight', 'teacher_weights', 'distill_terms', 'FitNet', 'attention_transfer',
            'similarity_preserving', 'relational', 'class_groups', 'drift_term', 'Teacher', 'load_teacher', 'Teachers',
-           'halves', 'fit_temperature', 'log_odds', 'quantiles_by_class', 'transport', 'Calibration',
+           'halves', 'fold_splits', 'fit_temperature', 'log_odds', 'quantiles_by_class', 'transport', 'Calibration',
            'plot_confidences', 'cache_bytes', 'disk_bytes', 'cache_facts', 'cache_folder', 'ViewCache', 'HostBatches',
            'DistillConfig', 'train_teachers', 'train_baseline', 'Distill', 'ensemble', 'plot_gates', 'evaluate_student']
 
@@ -667,6 +667,14 @@ def halves(split: Split, # validation images
     order = order[split.labels[order].argsort(stable=True)]
     return split.take(order[0::2].sort().values), split.take(order[1::2].sort().values)
 
+def fold_splits(split: Split, # training images
+                K: int, seed: int) -> list[Split]: # each leaves another fold out
+    "K stratified parts of a split, each without one K-th of every class."
+    order = hash32(split.indices, seed, _HALVES + 1).argsort()
+    fold = torch.empty(len(split), dtype=torch.long)
+    fold[order[split.labels[order].argsort(stable=True)]] = torch.arange(len(split)) % K
+    return [split.take((fold != k).nonzero()[:, 0]) for k in range(K)]
+
 # %% ../nbs/12_kd.ipynb #c102
 def fit_temperature(logits: Tensor, # [N, C] of images that the teacher has not seen
                     labels: Tensor, # [N]
@@ -989,7 +997,7 @@ class DistillConfig(TrainConfig):
     threshold: float = param(-1.0, "confidence at which such a gate is one half; below 0 is the method's own", low=-1, high=1)
     options: str = param("", "more of the method, words with equals signs: warmup, value, end, and the loss's alpha, beta, gamma")
     reduction: str = param("sample", "sample, or batch: weights and gate averaged over the batch first", choices=("sample", "batch"))
-    confidences: str = param("raw", "raw, calibrated, crossfit or label_free, where the method weighs by confidence", choices=KINDS)
+    confidences: str = param("raw", "raw, calibrated, crossfit or label_free, where the method weighs by confidence; folds is crossfit with own teachers that each leave a fold out", choices=(*KINDS, "folds"))
     feature: str = param("", "a feature term beside the logits: fitnet, attention, similarity, relational or drift; another weight than its own after an equals sign; empty is none")
     feature_layers: str = param("", "layers that it sees, in words; the teachers' after an equals sign, where they are called otherwise; empty is the last stage")
     cache: str = param("off", "teachers' logits on the disk: off, lazy or ahead", choices=("off", "lazy", "ahead"))
@@ -1006,7 +1014,8 @@ class DistillConfig(TrainConfig):
         for name, why in unused.items():
             if why and getattr(self, name) != self.default(name): raise LabError(f"{name}={getattr(self, name)!r} does nothing with method {self.method!r}" + (" and no feature term" if name == "feature_layers" and m.loss else "") + "; leave it out, or choose another method")
         if m.loss and self.noise: raise LabError(f"noise={self.noise:g}: teachers see the student's views, and noise is none; use noise=0")
-        if self.confidences in ("calibrated", "crossfit") and not self.val_fraction: raise LabError(f"confidences={self.confidences!r} need validation images; use val_fraction above 0, or 'raw' or 'label_free'")
+        if self.confidences == "folds" and (self.teachers or len(split_words(self.teacher_models)) < 2): raise LabError("confidences='folds' trains own teachers on different parts of the images; name two teacher_models or more, and no teachers")
+        if self.confidences in ("calibrated", "crossfit", "folds") and not self.val_fraction: raise LabError(f"confidences={self.confidences!r} need validation images; use val_fraction above 0, or 'raw' or 'label_free'")
         term = self.term()[0]
         if term and self.compile: raise LabError("a feature term looks into the network with hooks; use compile=False, or no feature")
         if self.processes > 1 and (self.reduction == "batch" or m.loss in ("dist", "mlkd") or term in ("fitnet", "drift", "similarity", "relational")):
@@ -1051,12 +1060,13 @@ _RECIPE = ("dataset", "data_root", "image_size", "limit", "val_fraction", "split
 
 def train_teachers(cfg: DistillConfig, data: Dataset) -> list[str]: # the names of their runs
     "Train the teachers of a configuration, unless their runs are there."
-    names = []
-    for seed, model in enumerate(split_words(cfg.teacher_models), 1):
+    names, models, folded = [], split_words(cfg.teacher_models), cfg.confidences == "folds"
+    for seed, model in enumerate(models, 1):
         own = TrainConfig(**{k: getattr(cfg, k) for k in _RECIPE}, model=model, seed=seed, epochs=cfg.teacher_epochs, eval_every=cfg.teacher_epochs, save_every=max(1, cfg.teacher_epochs // 10), tracker="none", resume=True)
-        own.run_name = f"teacher-{own.dataset}-{model}-s{seed}-{own.hash()[:8]}-{data.sha256[:8]}"
+        own.run_name = f"teacher-{own.dataset}-{model}-s{seed}{f'-without{seed}of{len(models)}' if folded else ''}-{own.hash()[:8]}-{data.sha256[:8]}"
         def make():
             fresh = prepare(own)
+            if folded: fresh = dataclasses.replace(fresh, train=fold_splits(fresh.train, len(models), cfg.split_seed)[seed - 1])
             fit(Classify(classifier(own, fresh), fresh, own), own, Run(own, "teacher"))
         names.append(once(own.run_name, make))
     return names
@@ -1082,7 +1092,7 @@ class Distill(Classify):
     def __init__(self, model: nn.Module, data: Dataset, cfg: DistillConfig):
         super().__init__(model, data, cfg)
         self.method, self.teachers, self.regressors, self.chosen = cfg.composition(), None, nn.ModuleDict(), {}
-        self.feature, self.feature_weight = cfg.term()
+        (self.feature, self.feature_weight), self.kind = cfg.term(), "crossfit" if cfg.confidences == "folds" else cfg.confidences
         self.selection = halves(data.val, cfg.split_seed)[1]
         if self.method.loss:
             self.sources = split_words(cfg.teachers) or train_teachers(cfg, data)
@@ -1114,7 +1124,7 @@ class Distill(Classify):
         if cfg.noise: x = x + torch.rand(len(x), 1, 1, 1, device=x.device) * torch.randn_like(x) * self.noise
         with activations(self.model, self.layers[0]) if self.feature else contextlib.nullcontext() as inside: logits = self.net(x)
         teacher_logits, taught = self.ask(batch) if self.teachers else (None, [])
-        confidences = self.teachers.confidences(teacher_logits, batch, cfg.confidences) if cfg.confidences != "raw" else None
+        confidences = self.teachers.confidences(teacher_logits, batch, self.kind) if self.kind != "raw" else None
         loss, metrics = distill_terms(self.method, logits, teacher_logits, batch.y, min(step / self.total, 1.), confidences, cfg.label_smoothing)
         if self.feature:
             term = self.feature_loss(inside, taught, batch.y)
@@ -1212,9 +1222,9 @@ def gates(self: Distill, epoch: int) -> tuple[Tensor, Tensor]: # [N], [K, N]
     m, found = self.method, []
     for batch in self.batches(epoch):
         z = self.teachers(batch)
-        c = self.teachers.confidences(z, batch, self.cfg.confidences)
+        c = self.teachers.confidences(z, batch, self.kind)
         with undisturbed(self.model): student = self.model(normalize(batch.x, self.data.mean, self.data.std)) if m.weights == "aekd" else None
-        w = teacher_weights(m, student, z, batch.y, c if self.cfg.confidences != "raw" else None)[0]
+        w = teacher_weights(m, student, z, batch.y, c if self.kind != "raw" else None)[0]
         found.append((gate(m.gate, c, min(epoch * self.epoch_steps / self.total, 1.), m.value, m.end, m.gamma, m.threshold), w))
     return tuple(torch.cat(parts, -1).cpu() for parts in zip(*found))
 
