@@ -595,6 +595,7 @@ def _from_checkpoint(file: Path, source: str, data: Dataset, device, dtype: torc
     if task.get("data_sha256") != data.sha256 and c.get("dataset") != data.name: teacher.notes.append(f"trained on {c.get('dataset') or 'other data'}; whether that holds images of {data.name} is not known")
     elif (seen := _split_of(file, checkpoint)) is None: teacher.notes.append("its training images are not known")
     else: teacher.seen = seen
+    if file.stem == "best" and teacher.seen is not None: teacher.notes.append("its epoch was chosen on validation images, so its calibration flatters it")
     return teacher
 
 # %% ../nbs/12_kd.ipynb #c088

@@ -14,7 +14,7 @@ def test_the_notebook_reads_as_a_report(lab):
     assert {p.name for p in (run / "figures").iterdir()} >= {"confidences.png", "calibration.png", "curves.png", "gates.png", "gate_curves.png"}
     kinds = sorted(p.name.split("-")[0] for p in (lab / "runs").iterdir() if (p / "metrics.json").exists())
     assert kinds == ["baseline", "small", "teacher", "teacher"]
-    for words in ("temperature", "labels only, best validation", "agrees with its teachers", "evaluate_student('small'"): assert words in out.stdout, words
+    for words in ("temperature", "labels only, best validation", "agrees with its teachers", "dkd evaluate small"): assert words in out.stdout, words
     summary = json.loads((run / "metrics.json").read_text())
     assert {"val/teacher_agreement", "test/teacher_agreement", "test/last_accuracy", "test/auroc", "test/ece", "train/loss_total", "kd_method", "temperature", "model_name", "checkpoint_path"} <= set(summary) and len(summary["teachers"]) == 2
     assert len([r["sha256"] for r in summary["teacher_rows"]]) == 2
