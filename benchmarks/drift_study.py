@@ -11,7 +11,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from drifting_kd.core import LabError, read_json, runs_folder, write_json
 from drifting_kd.evaluate import distance_of, read_rows
-from drifting_kd.plots import interval_dots, save_figure, t_interval
+from drifting_kd.plots import interval_dots, overlapping, save_figure, t_interval
 
 MEASURES = ("to_test", "to_train", "prompt_accuracy", "variance_ratio", "nearest_ratio")
 SAME = ("dataset", "num_samples", "extractor", "judge_sha256", "dataset_split", "reference_sha256")
@@ -41,7 +41,12 @@ def main(pattern: str, out: str, figure: str) -> None:
         print(f"{name:12} n={len(rows)}  " + "  ".join(f"{k} {table[name][k]['mean']:.3g} ± {table[name][k]['half']:.2g}" for k in MEASURES) + f"  {table[name]['cpu_seconds']:.0f} CPU-s")
     facts = {k: first[k] for k in SAME} | {k: float(first[k]) for k in ("floor", "floor_std", "floor_n", "train_to_test", "baseline_class_gaussians", "baseline_class_means")}
     write_json(out, dict(what="one-step generators: mean and half of the 95 % t-interval over seeds of the evaluation at the end", pattern=pattern, facts=facts, groups=table, environment=first["hardware"]))
-    if figure: save_figure(interval_dots({name: t["to_test"]["seeds"] for name, t in table.items()}, f"{distance_of(first)[0]} to test images"), figure)
+    if not figure: return
+    spans = {name: (t["to_test"]["mean"] - t["to_test"]["half"], t["to_test"]["mean"] + t["to_test"]["half"]) for name, t in table.items()}
+    low = min(table, key=lambda name: table[name]["to_test"]["mean"])
+    alike = sum(overlapping(spans[low], span) for name, span in spans.items() if name != low)
+    title = f"{low} has the lowest mean distance to test images ({table[low]['to_test']['mean']:.3f}); its interval overlaps those of {alike} of {len(table) - 1} others"
+    save_figure(interval_dots({name: t["to_test"]["seeds"] for name, t in table.items()}, f"{distance_of(first)[0]} to test images", title), figure)
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
