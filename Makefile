@@ -11,6 +11,7 @@ INPUTS := settings.ini setup.py constraints.txt
 run: .venv/ready
 	@mkdir -p runs
 	$(BIN)/papermill nbs/train.ipynb runs/quickstart.ipynb -p optimizer adamw
+	@$(BIN)/dkd runs --last 1
 	@$(BIN)/dkd runs --last 1 --paths
 
 test: .venv/ready-dev

@@ -133,7 +133,7 @@ def run_command(args) -> int:
     return 0
 
 # %% ../nbs/17_cli.ipynb #c013
-KEY_METRICS = ("test/accuracy", "val/accuracy", "eval/fid", "eval/mnist_fd", "train/loss")
+KEY_METRICS = ("test/accuracy", "val/best_accuracy", "val/accuracy")  # test/ is that of the best validation epoch, so val/best_ stands beside it
 
 def _age(seconds: float) -> str:
     for size, unit in ((86400, "d"), (3600, "h"), (60, "min")):
@@ -142,7 +142,9 @@ def _age(seconds: float) -> str:
 
 def table(rows: list[dict]) -> str:
     "Runs as aligned text."
-    def metrics(m): return "  ".join(f"{k} {m[k]:.4g}" for k in KEY_METRICS if isinstance(m.get(k), (int, float)))
+    def metrics(m):
+        keys = [*KEY_METRICS, *(k for k in m if k.startswith("eval/") and k.endswith(("fid", "_fd"))), "train/loss"]
+        return "  ".join(f"{k} {m[k]:.4g}" for k in keys if isinstance(m.get(k), (int, float)))
     def cells(r): return r["name"], r["kind"] or "", r["state"], f"{r['step']}", f"{r['epoch']:.4g}", f"{_age(r['age'])} ago", "  ".join(metrics(r["metrics"]).split("  ")[:2])
     lines = [("name", "kind", "state", "step", "epoch", "last change", "metrics"), *map(cells, rows)]
     widths = [max(len(l[i]) for l in lines) for i in range(6)]
@@ -204,7 +206,10 @@ def fid_command(args) -> int:
     return 0
 
 def evaluate_command(args) -> int:
-    from drifting_kd.kd import evaluate_student
+    from drifting_kd.kd import evaluate_student, student_file
+    from drifting_kd.models import load_checkpoint
+    file = student_file(args.source)
+    print(f"{_show(file)}, step {load_checkpoint(file)['step']:,}")
     for name, value in evaluate_student(args.source, args.split, args.teachers, args.device, args.tracker).items(): print(f"{name:24} {value:.4f}")
     return 0
 

@@ -401,6 +401,7 @@ def _create(self: Run, folder: Path) -> Path:
         path = folder / (base if i == 1 else f"{base}-{i}")
         try: path.mkdir()
         except FileExistsError: continue
+        if i > 1 and c.run_name: print(f"runs/{base} is there ({run_state(folder / base)}{'; resume=True would continue it' if run_state(folder / base) == 'stopped' else ''}), so this run is {path.name}")
         return path
     raise LabError(f"10,000 runs are called {base}; choose another run_name")
 

@@ -608,7 +608,8 @@ def guidance_curves(rows: list[dict]) -> Figure: # of one checkpoint at several 
         ax.plot(alpha, [_float(r, key) for r in rows], marker="o", color=COLOURS[i])
         ax.set(xlabel="guidance strength alpha", ylabel=words)
         ax.margins(.08)
-    fig.suptitle("More guidance: clearer classes, less variety within them; every strength costs one pass")
+    ends = [f"{words.splitlines()[0]} {_float(rows[0], key):.3g} to {_float(rows[-1], key):.3g}" for words, key in panels.items()]
+    fig.suptitle(f"From alpha {alpha[0]:g} to {alpha[-1]:g}, one pass each: {', '.join(ends)}", fontsize=10)
     return fig
 
 # %% ../nbs/14_evaluate.ipynb #c050

@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor, nn
-from .core import LabError, choose_device, locked, once, plain, read_json, runs_folder, split_words, unknown, write_json
+from .core import LabError, choose_device, list_runs, locked, once, plain, read_json, runs_folder, split_words, unknown, write_json
 from .data import Batch, Batches, Dataset, Split, hash32, load_dataset, num_views, stratified, view_pixels
 from .models import Frozen, checkpoint_file, checkpoint_model, count_parameters, load_checkpoint, model_name, pretrained
 from .plots import COLOURS, Figure, Picture, styled
@@ -28,7 +28,8 @@ __all__ = ['GATES', 'LOSSES', 'WEIGHTS', 'METHODS', 'FEATURE_WEIGHTS', 'KINDS', 
            'similarity_preserving', 'relational', 'class_groups', 'drift_term', 'Teacher', 'load_teacher', 'Teachers',
            'halves', 'fold_splits', 'fit_temperature', 'log_odds', 'quantiles_by_class', 'transport', 'Calibration',
            'plot_confidences', 'cache_bytes', 'disk_bytes', 'cache_facts', 'cache_folder', 'ViewCache', 'HostBatches',
-           'DistillConfig', 'train_teachers', 'train_baseline', 'Distill', 'ensemble', 'plot_gates', 'evaluate_student']
+           'DistillConfig', 'train_teachers', 'train_baseline', 'Distill', 'ensemble', 'plot_gates', 'student_file',
+           'evaluate_student']
 
 # %% ../nbs/12_kd.ipynb #c005
 def _wide(x: Tensor) -> Tensor: return x if x.dtype == torch.float64 else x.float()
@@ -655,7 +656,8 @@ class Teachers:
     def table(self):
         "The records as a data frame, hashes cut short."
         import pandas as pd
-        return pd.DataFrame(self.rows()).assign(sha256=lambda d: d.sha256.str[:12])
+        found = pd.DataFrame(self.rows()).assign(sha256=lambda d: d.sha256.str[:12])
+        return found.drop(columns="source") if (found.name == found.source).all() else found
 
 # %% ../nbs/12_kd.ipynb #c098
 _HALVES, _REFERENCE = 31, 32  # streams of the hash
@@ -794,10 +796,12 @@ def plot_confidences(kinds: dict,     # kind -> [B] confidences on training imag
         values = np.sort(np.asarray(values.cpu(), dtype=float).ravel())
         ax.plot(values, (np.arange(len(values)) + 1) / len(values), label=f"{label} (mean {values.mean():.2f})", **style)
         return values.mean()
-    target = draw(unseen, "unseen images", color="black", linestyle="--")
+    target = draw(unseen, "unseen images, calibrated", color="black", linestyle="--")
     means = {kind: draw(c, kind, color=COLOURS[(i + 1) % len(COLOURS)]) for i, (kind, c) in enumerate(kinds.items())}
-    near = min(means, key=lambda kind: abs(means[kind] - target))
-    ax.set(xlabel="confidence in the right class", ylabel="share of images at or below", xlim=(0, 1), ylim=(0, 1), title=title or f"Of the confidences on training images, '{near}' is nearest to unseen ones ({means[near]:.2f}, {target:.2f})")
+    off = {kind: abs(mean - target) for kind, mean in means.items()}
+    near = [kind for kind in off if off[kind] <= min(off.values()) + .005]
+    told = f"'{near[0]}' is nearest to unseen ones ({means[near[0]]:.2f}, {target:.2f})" if len(near) == 1 else f"{', '.join(near)} are about as near to unseen ones ({target:.2f})"
+    ax.set(xlabel="confidence in the right class", ylabel="share of images at or below", xlim=(0, 1), ylim=(0, 1), title=title or f"Of the confidences on training images, {told}")
     ax.legend(loc="upper left")
     return fig
 
@@ -1234,19 +1238,17 @@ def plot_gates(seen: dict,        # epoch -> (gate [N], weights [K, N]), as Dist
                names: list,       # of the teachers
                title: str = "",   # "" states the finding
               ) -> Figure:
-    "Histograms of gates and of each teacher's weights, in each epoch; earlier epochs are paler."
+    "Histograms of gates and of each teacher's weights in each epoch; weights of earlier epochs are outlines."
     if not seen: raise LabError("plot_gates got no epochs; give {epoch: Distill.gates(epoch)}")
     fig = Picture(figsize=(8, 3.2), layout="constrained")
     left, right = fig.subplots(1, 2)
     g, w = list(seen.values())[-1]
     def bars(ax, values, labels):
         ax.hist([v.numpy() for v in values], np.linspace(0, 1, 21), weights=[np.full(len(v), 1 / len(v)) for v in values], label=labels, color=[COLOURS[i % len(COLOURS)] for i in range(len(labels))])
-    bars(left, [gates for gates, _ in seen.values()], [f"epoch {e} (mean {gates.mean():.2f})" for e, (gates, _) in seen.items()])
-    for i, (_, weights) in enumerate(seen.values()):
-        last = i == len(seen) - 1
-        for k, (name, own) in enumerate(zip(names, weights)):
-            right.hist(own.numpy(), np.linspace(0, 1, 21), weights=np.full(len(own), 1 / len(own)), histtype="stepfilled" if last else "step", alpha=.55 if last else .4 + .5 * i / len(seen), color=COLOURS[k % len(COLOURS)],
-                       label=f"{name[:28]} (mean {own.mean():.2f})" if last else None)
+    bars(left, [gates for gates, _ in seen.values()], [f"epoch {e + 1} (mean {gates.mean():.2f})" for e, (gates, _) in seen.items()])
+    bars(right, list(w), [f"{name[:28]} (mean {own.mean():.2f})" for name, own in zip(names, w)])
+    for _, weights in list(seen.values())[:-1]:
+        for k, own in enumerate(weights): right.hist(own.numpy(), np.linspace(0, 1, 21), weights=np.full(len(own), 1 / len(own)), histtype="step", alpha=.5, color=COLOURS[k % len(COLOURS)])
     left.set(xlabel="gate: 1 is all that the teachers may count", ylabel="share of samples", xlim=(0, 1))
     right.set(xlabel="weight of a teacher", xlim=(0, 1))
     for ax in (left, right): ax.legend(loc="best", fontsize=7)
@@ -1254,6 +1256,12 @@ def plot_gates(seen: dict,        # epoch -> (gate [N], weights [K, N]), as Dist
     return fig
 
 # %% ../nbs/12_kd.ipynb #c158
+def student_file(source) -> Path:
+    "The checkpoint that a run, a folder, a file or an artifact means; a run means the weights after its last step."
+    if Path(source).exists() or (runs_folder() / source).exists(): return checkpoint_file(source)
+    if str(source).startswith("model-"): return resolve_artifact(str(source))
+    raise unknown("run", str(source), [r["name"] for r in list_runs()], f"in {runs_folder()}")
+
 def evaluate_student(source,               # run name, run folder, checkpoint file or artifact
                      split: str = "test",  # or val
                      teachers: str = "",   # to agree with; empty: those that the checkpoint names
@@ -1263,9 +1271,10 @@ def evaluate_student(source,               # run name, run folder, checkpoint fi
     "Accuracy, loss, AUROC, calibration error and teacher agreement; also written to the run's eval/, and to a tracker."
     if split not in ("val", "test"): raise unknown("split", split, ("val", "test"))
     device = str(choose_device(device))
-    file = checkpoint_file(source) if Path(source).exists() or (runs_folder() / source).exists() else resolve_artifact(str(source))
+    file = student_file(source)
     checkpoint = load_checkpoint(file)
     c, task = checkpoint["config"], checkpoint["task"]
+    if task.get("kind") == "generator": raise LabError(f"{source} is a generator, no classifier; evaluate.ipynb and dkd fid judge its images")
     data = load_dataset(c["dataset"], c["data_root"], c["image_size"], c["val_fraction"], c["split_seed"], c["limit"], c.get("normalization", "data"))
     if data.sha256 != task["data_sha256"]: raise LabError(f"{source} was trained on other images called {data.name}; restore them")
     part = halves(data.val, c["split_seed"])[1] if split == "val" and "kd_method" in task else getattr(data, split)
