@@ -499,7 +499,7 @@ def relational(student: Tensor, # [B, ...]
     angles = F.smooth_l1_loss(e_s @ e_s.mT, e_t @ e_t.mT)
     return distance * F.smooth_l1_loss(relative(d_s), relative(d_t)) + angle * angles
 
-FEATURE_WEIGHTS = {"fitnet": 100., "attention": 1000., "similarity": 3000., "relational": 1., "drift": .1}  # of the term beside the logit loss; drift is not published for classification, its weight is a guess
+FEATURE_WEIGHTS = {"fitnet": 1., "attention": 1000., "similarity": 3000., "relational": 1., "drift": .1}  # of the term beside the logit loss; drift is not published for classification, its weight is a guess
 
 # %% ../nbs/12_kd.ipynb #c076
 def class_groups(labels: Tensor,   # [B]
@@ -1166,7 +1166,7 @@ def feature_loss(self: Distill, inside: dict, taught: list, labels: Tensor) -> T
         for i, (name, t) in enumerate(zip(self.layers[0], features)):
             s, regressor = inside[name], self.regressors[f"{k}_{i}"] if f"{k}_{i}" in self.regressors else None
             if kind == "fitnet": terms.append(regressor(s, t))
-            elif kind == "attention": terms.append(attention_transfer(s, t))
+            elif kind == "attention": terms.append(attention_transfer(s, t) * math.prod(t.shape[2:]) / 64)  # a mean over positions; its weight is for maps of 8x8
             elif kind == "drift": terms.append(drift_term(regressor.regress(_pooled(s)) if regressor else _pooled(s), _pooled(t), labels, "class" if len(labels) >= 4 * self.data.num_classes else "batch")[0])
             elif kind == "similarity": terms.append(similarity_preserving(s, t))
             else: terms.append(relational(_pooled(s), _pooled(t)))
