@@ -1,0 +1,54 @@
+"""One table and one figure of the distillation matrices, from their reports: accuracy of the best-validation and the last epoch, cost.
+
+    dkd sweep nbs/configs/sweeps/distill_cifar10_jpeg.yaml --workers 2     (and distill_shapes100)
+    dkd run report -p pattern 'distill_cifar10_jpeg-*' -p by method,feature -p name distill_cifar10_jpeg -p keys test/accuracy,test/last_accuracy,test/auroc,test/ece,train_cpu_seconds
+    python benchmarks/distill_study.py figures/distill_cifar10_jpeg.json figures/distill_shapes100.json [--figure figures/distill.png]
+"""
+import argparse, re, sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from drifting_kd.core import LabError, read_json
+from drifting_kd.plots import COLOURS, Figure, Picture, save_figure, styled
+
+def name_of(group: str) -> str:
+    "`hinton, drift` as `hinton + drift term`; a group without a term is its method."
+    method, _, term = group.partition(", ")
+    return method if term in ("", "feature ''") else f"{method} + {term} term"
+
+def read(path: Path) -> tuple[str, dict]:
+    "The data set, and for each method its metrics: mean, low, high, n."
+    found, rows = read_json(path), {}
+    for row in found["tables"]["summary"]: rows.setdefault(name_of(row["group"]), {})[row["metric"]] = row
+    if "test/accuracy" not in next(iter(rows.values())): raise LabError(f"{path}: no test/accuracy; make the report with the keys that the head of this script names")
+    return re.sub(r"-\*.*|^distill_", "", found["parameters"]["pattern"]), rows
+
+def percent(row: dict) -> str: return f"{100 * row['mean']:.1f} [{100 * row['low']:.1f}, {100 * row['high']:.1f}]"
+
+@styled
+def dots(studies: dict) -> Figure:
+    "A panel a data set: mean and 95 % interval of the last epoch's test accuracy, best method first."
+    fig = Picture(figsize=(10, 3.6), layout="constrained")
+    for ax, (data, rows) in zip(fig.subplots(1, len(studies), squeeze=False)[0], studies.items()):
+        ranked = sorted(rows, key=lambda m: rows[m]["test/last_accuracy"]["mean"])
+        for i, method in enumerate(ranked):
+            row = rows[method]["test/last_accuracy"]
+            ax.errorbar(100 * row["mean"], i, xerr=[[100 * (row["mean"] - row["low"])], [100 * (row["high"] - row["mean"])]], fmt="D", color=COLOURS[1 if method == "none" else 0], markersize=5, linewidth=2)
+        ax.set_yticks(range(len(ranked)), ranked)
+        gain = 100 * (rows[ranked[-1]]["test/last_accuracy"]["mean"] - rows["none"]["test/last_accuracy"]["mean"])
+        ax.set(xlabel="test accuracy in per cent, last epoch; mean and 95 % interval", title=f"{data}: {ranked[-1]} is {gain:.1f} points above labels only (n={row['n']})")
+    return fig
+
+def main(reports: list[Path], figure: str) -> None:
+    studies = dict(map(read, reports))
+    print("| method |" + "".join(f" {d}, best validation | {d}, last epoch | AUROC | ECE | CPU-s a run |" for d in studies) + "\n|---|" + "---|" * 5 * len(studies))
+    for method in next(iter(studies.values())):
+        cells = [c for rows in studies.values() for r in [rows[method]] for c in (percent(r["test/accuracy"]), percent(r["test/last_accuracy"]), f"{r['test/auroc']['mean']:.3f}", f"{r['test/ece']['mean']:.3f}", f"{r['train_cpu_seconds']['mean']:.0f}")]
+        print(f"| {method} | " + " | ".join(cells) + " |")
+    if figure: save_figure(dots(studies), figure)
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("reports", nargs="+", type=Path), parser.add_argument("--figure", default="figures/distill.png")
+    try: main(**vars(parser.parse_args()))
+    except LabError as e: sys.exit(str(e))
