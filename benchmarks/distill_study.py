@@ -3,13 +3,17 @@
     dkd sweep nbs/configs/sweeps/distill_cifar10_jpeg.yaml --workers 2     (and distill_shapes100)
     dkd run report -p pattern 'distill_cifar10_jpeg-*' -p by method,feature -p name distill_cifar10_jpeg -p keys test/accuracy,test/last_accuracy,test/auroc,test/ece,train_cpu_seconds
     python benchmarks/distill_study.py figures/distill_cifar10_jpeg.json figures/distill_shapes100.json [--figure figures/distill.png]
+
+Where the runs still are, `--beside benchmarks/results/distill_beside.json` writes what the reports do not hold: the teachers, the gates, and paired differences between methods.
 """
 import argparse, re, sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from drifting_kd.core import LabError, read_json
-from drifting_kd.plots import COLOURS, Figure, Picture, save_figure, styled
+from drifting_kd.core import LabError, read_json, runs_folder, write_json
+from drifting_kd.plots import COLOURS, Figure, Picture, save_figure, styled, t_interval
+
+PAIRS = [("hinton_drift", "hinton"), ("dynamic", "hinton"), ("confidence", "hinton"), ("ca_weighted", "hinton"), ("dkd+ca", "dkd"), ("dkd+ls+ca", "dkd+ca")]
 
 def name_of(group: str) -> str:
     "`hinton, drift` as `hinton + drift term`; a group without a term is its method."
@@ -39,16 +43,26 @@ def dots(studies: dict) -> Figure:
         ax.set(xlabel="test accuracy in per cent, last epoch; mean and 95 % interval", title=f"{data}: {ranked[-1]} is {gain:.1f} points above labels only (n={row['n']})")
     return fig
 
-def main(reports: list[Path], figure: str) -> None:
+def beside(data: str) -> dict:
+    "Teachers, saturated gates and paired differences (last epoch, points, 95 % t-interval) of one matrix."
+    def seeds(pattern: str, key: str) -> list[float]: return [read_json(p / "metrics.json")[key] for p in sorted(runs_folder().glob(pattern))]
+    def paired(a: str, b: str) -> dict:
+        points = [100 * (x - y) for x, y in zip(*(seeds(f"distill_{data}-{m}-s?", "test/last_accuracy") for m in (a, b)), strict=True)]
+        mean, half = map(float, t_interval(points))
+        return dict(seeds=points, mean=mean, low=mean - half, high=mean + half)
+    return dict(teachers=seeds(f"teacher-{data}-*", "test/last_accuracy"), gate_saturated={m: seeds(f"distill_{data}-{m}-s?", "train/gate_saturated") for m in ("dynamic", "confidence")}, paired={f"{a} minus {b}": paired(a, b) for a, b in PAIRS})
+
+def main(reports: list[Path], figure: str, beside_file: str) -> None:
     studies = dict(map(read, reports))
     print("| method |" + "".join(f" {d}, best validation | {d}, last epoch | AUROC | ECE | CPU-s a run |" for d in studies) + "\n|---|" + "---|" * 5 * len(studies))
     for method in next(iter(studies.values())):
         cells = [c for rows in studies.values() for r in [rows[method]] for c in (percent(r["test/accuracy"]), percent(r["test/last_accuracy"]), f"{r['test/auroc']['mean']:.3f}", f"{r['test/ece']['mean']:.3f}", f"{r['train_cpu_seconds']['mean']:.0f}")]
         print(f"| {method} | " + " | ".join(cells) + " |")
     if figure: save_figure(dots(studies), figure)
+    if beside_file: write_json(beside_file, {data: beside(data) for data in studies})
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("reports", nargs="+", type=Path), parser.add_argument("--figure", default="figures/distill.png")
+    parser.add_argument("reports", nargs="+", type=Path), parser.add_argument("--figure", default="figures/distill.png"), parser.add_argument("--beside", dest="beside_file", default="")
     try: main(**vars(parser.parse_args()))
     except LabError as e: sys.exit(str(e))

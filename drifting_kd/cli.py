@@ -210,7 +210,7 @@ def evaluate_command(args) -> int:
     from drifting_kd.models import load_checkpoint
     file = student_file(args.source)
     print(f"{_show(file)}, step {load_checkpoint(file)['step']:,}")
-    for name, value in evaluate_student(args.source, args.split, args.teachers, args.device, args.tracker).items(): print(f"{name:24} {value:.4f}")
+    for name, value in evaluate_student(file, args.split, args.teachers, args.device, args.tracker).items(): print(f"{name:24} {value:.4f}")
     return 0
 
 def reference_command(args) -> int:

@@ -17,7 +17,7 @@ def test_the_notebook_reads_as_a_report(lab):
     for words in ("temperature", "labels only, best validation", "agrees with its teachers", "dkd evaluate small"): assert words in out.stdout, words
     summary = json.loads((run / "metrics.json").read_text())
     assert {"val/teacher_agreement", "test/teacher_agreement", "test/last_accuracy", "test/auroc", "test/ece", "train/loss_total", "kd_method", "temperature", "model_name", "checkpoint_path"} <= set(summary) and len(summary["teachers"]) == 2
-    assert len([r["sha256"] for r in summary["teacher_rows"]]) == 2
+    assert len([r["sha256"] for r in summary["teacher_rows"]]) == 2 and summary["cache_computed"] > 0 and summary["setup_cpu_seconds"] > 0 and summary["composition"]["weights"] == "ca"
     out = dkd("evaluate", f"model-{run.name}:best", "--split", "val", "--tracker", "wandb")  # an artifact, in a tracker run of its own
     assert out.returncode == 0, out.stderr
     told = dict(line.split() for line in out.stdout.splitlines() if line.startswith("val/"))
