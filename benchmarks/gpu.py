@@ -55,13 +55,25 @@ def training(data, device: str, epochs: int) -> dict:
     print("full", full, flush=True)
     return dict(batch_size=512, modes=rows, full=full)
 
+def generator_once(data, device: str, **settings) -> Run:
+    "A short drifting training, guided."
+    from drifting_kd.drift import Drift, DriftConfig, drifter
+    data = dataclasses.replace(data, train=dataclasses.replace(data.train, flip=False, crop_padding=0, _cache={}))
+    cfg = DriftConfig(dataset=data.name, device=device, warmup=1, eval_every=30, log_every=1, tracker="none", judge="none", positives=32, **settings)
+    run = Run(cfg, "gpu")
+    fit(Drift(drifter(cfg, data), data, cfg), cfg, run)
+    return run
+
 def determinism(data, device: str, epochs: int) -> dict:
-    "Two trainings of one epoch: the same bits?"
-    def weights(mode): return load_checkpoint(train_once(data, device, 1, **mode)[1].path / "final_model.pt")["model"]
+    "Two trainings, of one epoch or a few steps: the same bits?"
+    def weights(run: Run) -> dict: return load_checkpoint(run.path / "final_model.pt")["model"]
+    ways = {name: lambda mode=mode: train_once(data, device, 1, **mode)[1] for name, mode in MODES.items()}
+    ways |= {f"{name} {precision}": lambda name=name, precision=precision: generator_once(data, device, model=name, precision=precision, steps=5, batch_size=160)
+             for name in (("dit_small", "unet") if epochs > 1 else ("dit_tiny",)) for precision in ("fp32", "bf16")}  # both have attention
     out = {}
-    for name, mode in MODES.items():
+    for name, way in ways.items():
         try:
-            a, b = weights(mode), weights(mode)
+            a, b = weights(way()), weights(way())
             out[name] = all(torch.equal(a[k], b[k]) for k in a)
         except Exception as e: out[name] = f"{type(e).__name__}: {e}"[:300]
         print("identical weights,", name, out[name], flush=True)
@@ -134,12 +146,9 @@ def evaluation(data, device: str, epochs: int) -> dict:
 
 def drifting_step(data, device: str, epochs: int) -> dict:
     "Milliseconds of a whole drifting step: MNIST-sized pixels with the wide MLP, and 32-px colour with the UNet, guided."
-    from drifting_kd.drift import Drift, DriftConfig, drifter
-    rows, data = {}, dataclasses.replace(data, train=dataclasses.replace(data.train, flip=False, crop_padding=0, _cache={}))
+    rows = {}
     for name, settings in (("mlp_wide", {}), ("unet", dict(precision="bf16", batch_size=640))) if epochs > 1 else (("mlp_wide", {}),):
-        cfg = DriftConfig(dataset=data.name, device=device, model=name, steps=30 if epochs > 1 else 4, warmup=1, eval_every=30, log_every=1, tracker="none", judge="none", positives=32, **settings)
-        run = Run(cfg, "gpu")
-        fit(Drift(drifter(cfg, data), data, cfg), cfg, run)
+        run = generator_once(data, device, model=name, steps=30 if epochs > 1 else 4, **settings)
         times = [line["train/step_time"] for line in read_metrics(run.path) if "train/step_time" in line]
         rows[name] = dict(ms=1000 * statistics.median(times[len(times) // 2:]))
         print(name, rows[name], flush=True)

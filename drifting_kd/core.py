@@ -135,9 +135,11 @@ def seed_everything(seed: int = 42,
     torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = exact, not exact
     torch.set_deterministic_debug_mode({"off": "default", "on": "warn", "warn": "warn", "raise": "error"}[deterministic])  # use_deterministic_algorithms would import the compiler: a second
     torch.utils.deterministic.fill_uninitialized_memory = False  # it costs time and hides nothing here
+    if torch.cuda.is_available():  # the gradients of fused attention on a GPU differ from run to run unless every other such operator is an error
+        for kind in ("flash", "mem_efficient", "cudnn"): getattr(torch.backends.cuda, f"enable_{kind}_sdp")(not exact)
     warnings.filterwarnings("ignore" if deterministic == "on" else "default", message=".*does not have a deterministic implementation.*")
 
-# %% ../nbs/00_core.ipynb #c022
+# %% ../nbs/00_core.ipynb #c024
 def choose_device(name: str = "auto"):
     "`auto` is CUDA, then Apple's MPS, then the CPU; anything else is taken at its word or refused."
     import torch
@@ -149,7 +151,7 @@ def choose_device(name: str = "auto"):
     if not there: raise LabError(f"device {name!r} is not on this machine; use device='auto' or 'cpu'")
     return device
 
-# %% ../nbs/00_core.ipynb #c025
+# %% ../nbs/00_core.ipynb #c027
 def import_torchvision():
     "torchvision, also where its compiled operators do not load. Call it before timm, clean-fid or torchmetrics."
     import torch
@@ -163,7 +165,7 @@ def import_torchvision():
         import torchvision
     return torchvision
 
-# %% ../nbs/00_core.ipynb #c027
+# %% ../nbs/00_core.ipynb #c029
 def need(module: str, # what to import
          extra: str,  # the extra of this package that installs it
         ):
@@ -174,7 +176,7 @@ def need(module: str, # what to import
         if e.name and e.name.split(".")[0] != module.split(".")[0]: raise  # it is there, but broken inside
         raise LabError(f"{module} is not installed; pip install 'drifting_kd[{extra}]' -c constraints.txt") from None
 
-# %% ../nbs/00_core.ipynb #c030
+# %% ../nbs/00_core.ipynb #c032
 def param(default, help: str, choices: tuple = (), low=None, high=None):
     "A configuration field: its default, one line of help, and the values that make sense."
     kwargs = {"default_factory": (lambda: default)} if isinstance(default, list) else {"default": default}
@@ -202,7 +204,7 @@ def check_value(name: str, value, default, choices: tuple = (), low=None, high=N
         raise LabError(f"{given}: expected {allowed}")
     return value
 
-# %% ../nbs/00_core.ipynb #c031
+# %% ../nbs/00_core.ipynb #c033
 @dataclass
 class Parameters:
     "What a notebook can be given; making one checks every field."
@@ -242,7 +244,7 @@ def check_run_name(name: str, field: str = "run_name", why: str = "a run stays i
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._+=-]{0,150}", name):
         raise LabError(f"{field}={name!r}: expected letters, digits and . _ + = - only (no folders: {why})")
 
-# %% ../nbs/00_core.ipynb #c038
+# %% ../nbs/00_core.ipynb #c040
 _LITERALS = (bool, int, float, str, list, tuple, dict, type(None))
 
 class watch_parameters:
@@ -269,7 +271,7 @@ class watch_parameters:
         self.was_read, self.accepted = True, set(self.namespace)
         return config(**{n: v for n, v in given.items() if n in fields})
 
-# %% ../nbs/00_core.ipynb #c043
+# %% ../nbs/00_core.ipynb #c045
 def _command(*words: str, cwd: Path | None = None) -> str | None:
     "First line of a command's output, or None."
     try: out = subprocess.run(words, capture_output=True, text=True, timeout=10, cwd=cwd, stdin=subprocess.DEVNULL)
@@ -314,7 +316,7 @@ def _processor() -> str | None:
     except OSError: return platform.processor() or None
     return next((l.split(":", 1)[1].strip() for l in lines if l.startswith("model name")), None)
 
-# %% ../nbs/00_core.ipynb #c046
+# %% ../nbs/00_core.ipynb #c048
 def try_lock(path: Path, mode: str = "a+"):
     "An exclusive lock that the system drops when the process dies; None if another process holds it."
     handle = open(path, mode)
@@ -360,7 +362,7 @@ def run_state(path: Path) -> str:
     handle.close()
     return "stopped"
 
-# %% ../nbs/00_core.ipynb #c048
+# %% ../nbs/00_core.ipynb #c050
 class Run:
     "One folder under `runs/`: made new, or continued with `cfg.resume`."
     held: dict = {}  # locks of this process: running a notebook's cells again takes over its own run
@@ -391,7 +393,7 @@ class Run:
     @property
     def finished(self) -> bool: return (self.path / "metrics.json").exists()
 
-# %% ../nbs/00_core.ipynb #c050
+# %% ../nbs/00_core.ipynb #c052
 @patch
 def _create(self: Run, folder: Path) -> Path:
     c = self.cfg
@@ -414,7 +416,7 @@ def _take_lock(self: Run) -> None:
     else: raise LabError(f"run {self.name} is being written by another process; wait for it, stop it, or use another run_name")
     Run.held[str(self.path)] = handle
 
-# %% ../nbs/00_core.ipynb #c052
+# %% ../nbs/00_core.ipynb #c054
 @patch
 def _begin(self: Run) -> None:
     "Write what a new run starts with; config.json comes last and makes the folder a run. For a continued one, note where it goes on."
@@ -470,7 +472,7 @@ def _unstarted(self: Run, path: Path) -> Path:
     if strange: raise LabError(f"{path} is not a run (it holds {strange[0]}, but no config.json); use another run_name")
     return path
 
-# %% ../nbs/00_core.ipynb #c054
+# %% ../nbs/00_core.ipynb #c056
 @patch
 def log(self: Run, metrics: dict, step: int, epoch: float = 0) -> None:
     "Append one line to metrics.jsonl; it reaches the system at once, so a kill loses none."
@@ -508,7 +510,7 @@ def read_metrics(path: str | Path) -> list[dict]:
             if i < len(lines) - 1: raise LabError(f"{path} line {i + 1} is not valid JSON; restore the file or delete that line") from None
     return out
 
-# %% ../nbs/00_core.ipynb #c059
+# %% ../nbs/00_core.ipynb #c061
 def list_runs(folder: Path | None = None) -> list[dict]:
     "Every run: name, kind, state, last step and epoch, its summary or last metrics, and age in seconds; newest first."
     rows = []

@@ -15,9 +15,10 @@ from .core import LabError, atomic_write, import_torchvision, mix, need, project
 
 # %% auto #0
 __all__ = ['BLOCK', 'CONSTANTS', 'SHAPES', 'COLOURS', 'MD5', 'TIMEOUT', 'CIFAR10_CLASSES', 'CIFAR100_CLASSES', 'KNOWN', 'TINY',
-           'SOURCES', 'ALIASES', 'hash32', 'permutation', 'Split', 'Dataset', 'stratified', 'num_views', 'view_pixels',
-           'Batch', 'Batches', 'normalize', 'Raw', 'array_hash', 'pixel_stats', 'resize', 'make_dataset', 'draw_shapes',
-           'check_raw', 'load_array', 'data_folder', 'load_dataset', 'splits_hash', 'save_splits']
+           'SOURCES', 'ALIASES', 'hash32', 'permutation', 'upload', 'Split', 'Dataset', 'stratified', 'num_views',
+           'view_pixels', 'Batch', 'Batches', 'pixel_constants', 'normalize', 'Raw', 'array_hash', 'pixel_stats',
+           'resize', 'make_dataset', 'draw_shapes', 'check_raw', 'load_array', 'data_folder', 'load_dataset',
+           'splits_hash', 'save_splits']
 
 # %% ../nbs/02_data.ipynb #c005
 def _scramble(x: Tensor) -> Tensor:
@@ -39,6 +40,14 @@ def permutation(n: int, *numbers: int, device="cpu") -> Tensor:
     return torch.argsort(hash32(torch.arange(n, device=device), *numbers))
 
 # %% ../nbs/02_data.ipynb #c008
+def upload(x: Tensor, # on the CPU; others come as they are
+           device) -> Tensor:
+    "A tensor of the host on a device, without waiting for the device."
+    device = torch.device(device)
+    if x.is_cpu and device.type == "cuda" and x.nbytes < 2**22: x = x.pin_memory()  # only from there a GPU copies by itself; a large one costs more to pin than to wait for
+    return x.to(device, non_blocking=x.is_cpu and device.type != "mps")  # MPS may read the host's memory after it was given back
+
+# %% ../nbs/02_data.ipynb #c011
 @dataclass
 class Split:
     "Images of one part of a data set, on the CPU, with the indices they have in the original."
@@ -59,9 +68,10 @@ class Split:
         "Zero-padded images, labels and indices on `device`; kept, so that epochs share them."
         device = torch.device(device)
         if (device, "labels") not in self._cache:
-            self._cache[device, "labels"] = self.labels.to(device), self.indices.to(device)
+            self._cache[device, "labels"] = upload(self.labels, device), upload(self.indices, device)
         if (device, padding) not in self._cache:
-            self._cache[device, padding] = F.pad(self.images.to(device), (0, 0, padding, padding, padding, padding)) if padding else self.images.to(device)
+            images = upload(self.images, device)
+            self._cache[device, padding] = F.pad(images, (0, 0, padding, padding, padding, padding)) if padding else images
         return self._cache[device, padding], *self._cache[device, "labels"]
 
 @dataclass
@@ -91,7 +101,7 @@ class Dataset:
         s = self.image_size
         return f"{self.name}: {len(self.train)} train, {len(self.val)} val, {len(self.test)} test; {self.num_classes} classes, {s}x{s}x{self.channels}; {self.source} ({self.licence})"
 
-# %% ../nbs/02_data.ipynb #c010
+# %% ../nbs/02_data.ipynb #c013
 def stratified(labels: Tensor,   # int64 [N]
                n: int,           # rows to choose
                *numbers: int,    # the key
@@ -118,7 +128,7 @@ def stratified(labels: Tensor,   # int64 [N]
     place = torch.arange(len(labels)) - first[labels[order]]
     return order[place < take[labels[order]]].sort().values
 
-# %% ../nbs/02_data.ipynb #c013
+# %% ../nbs/02_data.ipynb #c016
 def num_views(crop_padding: int, flip: bool) -> int:
     "How many different views an image has."
     return (1 + flip) * (2 * crop_padding + 1)**2
@@ -144,7 +154,7 @@ def view_pixels(images: Tensor,     # uint8 [B, H, W, C]
     padded = F.pad(images, (0, 0, p, p, p, p)) if p else images.contiguous()
     return _windows(padded, torch.arange(len(images), device=images.device), view, p, True)
 
-# %% ../nbs/02_data.ipynb #c017
+# %% ../nbs/02_data.ipynb #c020
 class Batch(NamedTuple):
     x: Tensor      # uint8 [B, C, H, W], channels last in memory
     y: Tensor      # int64 [B]
@@ -154,7 +164,7 @@ class Batch(NamedTuple):
 _ORDER, _VIEW = 1, 2  # streams of the hash
 BLOCK = 512           # images a gather; several small batches share one
 
-# %% ../nbs/02_data.ipynb #c019
+# %% ../nbs/02_data.ipynb #c022
 class Batches:
     "One epoch of batches; pixels and views depend on (seed, epoch, index) only, the order on (seed, epoch)."
     def __init__(self,
@@ -214,9 +224,9 @@ class Batches:
             for batch in zip(*(t.split(now) for t in (x, y[part], index[part], view[part]))): yield Batch(*batch)
             at = part.stop
 
-# %% ../nbs/02_data.ipynb #c021
+# %% ../nbs/02_data.ipynb #c024
 @functools.lru_cache(maxsize=64)
-def _constants(mean: tuple, std: tuple, width: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+def pixel_constants(mean: tuple, std: tuple, width: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
     "255, mean and std on the device (made once: a copy to a GPU would wait for it), repeated to the length of an image row."
     with torch.inference_mode(False):
         row = [torch.tensor(v, dtype=torch.float32).repeat(width).to(device) for v in (mean, std)]
@@ -229,11 +239,11 @@ def normalize(x: Tensor,           # uint8 [B, C, H, W]
              ) -> Tensor:          # [B, C, H, W], channels last in memory
     "`(x/255 - mean)/std` in fp32, rounded once to `dtype`."
     b, c, h, w = x.shape
-    by, m, s = _constants(tuple(mean), tuple(std), w, x.device)
+    by, m, s = pixel_constants(tuple(mean), tuple(std), w, x.device)
     row = x.permute(0, 2, 3, 1).reshape(b, h, w * c).to(torch.float32, copy=True)  # rows of pixels: channels alone are too short to be fast
     return row.div_(by).sub_(m).div_(s).to(dtype).view(b, h, w, c).permute(0, 3, 1, 2)
 
-# %% ../nbs/02_data.ipynb #c024
+# %% ../nbs/02_data.ipynb #c027
 class Raw(NamedTuple):
     "What a source delivers."
     x_train: np.ndarray    # uint8 [N, H, W, C]
@@ -269,7 +279,7 @@ def resize(images: Tensor, size: int) -> Tensor:
     def one(part): return F.interpolate(part.permute(0, 3, 1, 2).float(), (size, size), mode="bilinear", antialias=True, align_corners=False)
     return torch.cat([one(part).round().clamp(0, 255).byte().permute(0, 2, 3, 1).contiguous() for part in images.split(4096)])
 
-# %% ../nbs/02_data.ipynb #c026
+# %% ../nbs/02_data.ipynb #c029
 CONSTANTS = {n: ((.4914, .4822, .4465), (.2023, .1994, .2010)) for n in ("cifar10", "cifar10_jpeg")}  # the usual ones; the std is a mean of per-image ones
 _VAL, _LIMIT, _TEST = 11, 12, 13  # streams of the hash
 
@@ -291,7 +301,7 @@ def make_dataset(name: str, raw: Raw, image_size: int = 0, val_fraction: float =
     return Dataset(name, train, val, test, list(raw.classes), mean, std, size // 8, flip,
                    array_hash(raw.x_train, raw.y_train, raw.x_test, raw.y_test), raw.source, raw.licence)
 
-# %% ../nbs/02_data.ipynb #c028
+# %% ../nbs/02_data.ipynb #c031
 def _digits(root: Path, size: int) -> Raw:
     from sklearn.datasets import load_digits
     found = load_digits()
@@ -301,7 +311,7 @@ def _digits(root: Path, size: int) -> Raw:
     test[stratified(torch.from_numpy(y), round(.2 * len(y)), 0, _TEST).numpy()] = True
     return Raw(x[~test], y[~test], x[test], y[test], [str(d) for d in range(10)], "scikit-learn digits (UCI optical recognition of handwritten digits)", "CC BY 4.0")
 
-# %% ../nbs/02_data.ipynb #c030
+# %% ../nbs/02_data.ipynb #c033
 def _half_planes(u, v, k: int) -> np.ndarray:
     angles = [math.pi / 2 + 2 * math.pi * j / k for j in range(k)]
     return np.stack([u * np.float32(round(math.cos(a), 6)) + v * np.float32(round(math.sin(a), 6)) for a in angles])
@@ -324,7 +334,7 @@ SHAPES = {
 COLOURS = {"red": (220, 40, 40), "orange": (240, 140, 30), "yellow": (235, 225, 50), "green": (50, 170, 60), "cyan": (60, 210, 215),
            "blue": (45, 75, 215), "purple": (140, 50, 180), "pink": (245, 140, 190), "brown": (120, 75, 40), "white": (245, 245, 245)}
 
-# %% ../nbs/02_data.ipynb #c032
+# %% ../nbs/02_data.ipynb #c035
 class _Draw:
     "Uniform draws for each image by number, as float32 [B, 1, 1] (or [B, 1, 1, 3])."
     def __init__(self, index: Tensor, key: int): self.index, self.key, self.at = index, key, 0
@@ -383,7 +393,7 @@ def _shapes(root: Path, size: int, classes: int = 10) -> Raw:
     names = list(SHAPES) if classes == 10 else [f"{c} {s}" for s in SHAPES for c in COLOURS]
     return Raw(x[:train], y[:train], x[train:], y[train:], names, f"drawn by drifting_kd ({classes} classes)", "Apache-2.0")
 
-# %% ../nbs/02_data.ipynb #c034
+# %% ../nbs/02_data.ipynb #c037
 MD5 = {  # of the unpacked official files
     "train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb", "train-labels-idx1-ubyte": "a25bea736e30d166cdddb491f175f624",
     "t10k-images-idx3-ubyte": "2646ac647ad5339dbf082846283269ea", "t10k-labels-idx1-ubyte": "27ae3e4e09519cfbb04c329615203637",
@@ -424,7 +434,7 @@ def _fetch(files: list[Path],                       # what must be there in the 
     finally: socket.setdefaulttimeout(before)
     if missing := [f.name for f in files if not f.exists()]: raise LabError(f"{', '.join(missing)} not in {files[0].parent} after unpacking; {advice}")
 
-# %% ../nbs/02_data.ipynb #c036
+# %% ../nbs/02_data.ipynb #c039
 def _idx(path: Path, dims: int) -> np.ndarray:
     "An array in MNIST's format."
     content = _verified(path)
@@ -450,7 +460,7 @@ def _mnist(root: Path, size: int) -> Raw:
     parts = [_labelled(files[i], _idx(files[i], 3)[..., None], _idx(files[i + 1], 1), 10) for i in (0, 2)]
     return Raw(*parts[0], *parts[1], [str(d) for d in range(10)], "MNIST (LeCun, Cortes, Burges)", "CC BY-SA 3.0", flip=False)
 
-# %% ../nbs/02_data.ipynb #c038
+# %% ../nbs/02_data.ipynb #c041
 class _ArraysOnly(pickle.Unpickler):
     "Rebuilds plain containers and numpy arrays; any other name in the file is refused, not looked up."
     rebuild = np.zeros(0).__reduce__()[0]
@@ -492,7 +502,7 @@ def _cifar(root: Path, size: int, kind: int = 10) -> Raw:
     x, y = (np.concatenate([p[i] for p in parts[:-1]]) for i in (0, 1))
     return Raw(x, y, *parts[-1], CIFAR10_CLASSES if kind == 10 else CIFAR100_CLASSES, f"CIFAR-{kind} (Krizhevsky 2009)", "none stated; cite the technical report")
 
-# %% ../nbs/02_data.ipynb #c040
+# %% ../nbs/02_data.ipynb #c043
 def _array(path: Path, x: np.ndarray, what: str) -> np.ndarray:
     "Images as uint8 [N, H, W, C]: bytes as they are, floats in [0, 1] to the nearest of 256 levels."
     x = x[..., None] if x.ndim == 3 else x
@@ -542,7 +552,7 @@ def _npz(name: str, path: Path) -> Raw:
     classes, source, licence = KNOWN.get(name, ([str(c) for c in arrays.get("classes", [])], path.name, "as its owner says"))
     return check_raw(path, *(arrays[k] for k in ("x_train", "y_train", "x_test", "y_test")), classes, source, licence)
 
-# %% ../nbs/02_data.ipynb #c042
+# %% ../nbs/02_data.ipynb #c045
 TINY = dict(classes=200, per_class=500, test=10_000)  # what the complete folder holds
 
 def _decode(files: list[Path]) -> np.ndarray:
@@ -587,7 +597,7 @@ def _tiny_imagenet(root: Path, size: int) -> Raw:
     return check_raw("zh-plus/tiny-imagenet", *part("train"), *part("valid"), list(found["train"].features["label"].names), "Tiny-ImageNet (Hugging Face zh-plus/tiny-imagenet)",
                      "ImageNet terms: non-commercial research")
 
-# %% ../nbs/02_data.ipynb #c044
+# %% ../nbs/02_data.ipynb #c047
 SOURCES = {"digits": _digits, "shapes": _shapes, "shapes100": functools.partial(_shapes, classes=100), "mnist": _mnist, "cifar10": _cifar,
            "cifar100": functools.partial(_cifar, kind=100), "tiny_imagenet": _tiny_imagenet}
 ALIASES = {"cifar": "cifar10"}
@@ -622,7 +632,7 @@ def load_dataset(name: str,                   # digits, shapes, shapes100, mnist
     if normalization == "constants" and name not in CONSTANTS: raise LabError(f"normalization='constants': known for {', '.join(CONSTANTS)} only; use 'data' for {name}")
     return make_dataset(name, _read(name, data_folder(root), image_size), image_size, val_fraction, split_seed, limit, normalization)
 
-# %% ../nbs/02_data.ipynb #c064
+# %% ../nbs/02_data.ipynb #c067
 def splits_hash(dataset: Dataset) -> str:
     "One hash of which images are train, val and test."
     return array_hash(*(s.indices.numpy() for s in (dataset.train, dataset.val, dataset.test)))

@@ -14,7 +14,7 @@ from fastcore.basics import patch
 from pathlib import Path
 from torch import Tensor, nn
 from .core import LabError, Run, generator, mix, once, param, runs_folder, seed_everything, split_words, unknown
-from .data import Batches, Dataset, Split, normalize
+from .data import Batches, Dataset, Split, normalize, upload
 from .fid import Extractor, Stats, as_extractor, default_judge, exact_fp32, prompt_accuracy, reference_stats, to_uint8, variance_ratio
 from .generators import Generator, MaskedAutoencoder, create_generator, create_mae, labels_like, list_generators, masked_error, sample_batches
 from .models import Frozen, frozen, layer_names, pretrained
@@ -479,9 +479,8 @@ class Reals:
         for row, c in enumerate(labels):
             slot[c, self.at[c]] = row
             self.at[c], self.filled[c] = (self.at[c] + 1) % self.size, min(self.filled[c] + 1, self.size)
-        where = torch.tensor(list(slot)).T.to(values[0].device)
-        rows = torch.tensor(list(slot.values()), device=values[0].device)
-        for kept, v in zip(self.values, values): kept[where[0], where[1]] = v.detach()[rows]
+        groups, places, rows = upload(torch.tensor([(*at, row) for at, row in slot.items()]).T, values[0].device)
+        for kept, v in zip(self.values, values): kept[groups, places] = v.detach()[rows]
 
     def draw(self, groups: list[int], n: int, draw: torch.Generator) -> list[Tensor]: # each [len(groups), n, ...]
         "n images of each group, none twice."
@@ -500,7 +499,7 @@ class Reals:
         return self._take(which, chosen - (ends - torch.tensor(self.filled))[which])
 
     def _take(self, which: Tensor, places: Tensor) -> list[Tensor]:
-        rows = (which * self.size + places).to(self.values[0].device, non_blocking=True)  # once for all feature maps
+        rows = upload(which * self.size + places, self.values[0].device)  # once for all feature maps
         return [v.flatten(0, 1)[rows] for v in self.values]
 
     def state(self) -> dict: return dict(filled=list(self.filled), at=list(self.at), values=[v.clone() for v in self.values])
@@ -657,7 +656,7 @@ def draw(self: Drift, number: int) -> Draw:
     noise = torch.randn(cfg.batch_size, *self.model.noise_shape, generator=draw)
     mine = slice(self.rank * self.per_step // self.world, (self.rank + 1) * self.per_step // self.world)
     noise = noise.view(self.per_step, self.generated, *self.model.noise_shape)[mine].flatten(0, 1)
-    return Draw(noise.to(self.device), groups[mine].repeat_interleave(self.generated).to(self.device), alpha[mine].to(self.device), groups[mine].tolist(), number)
+    return Draw(*(upload(v, self.device) for v in (noise, groups[mine].repeat_interleave(self.generated), alpha[mine])), groups[mine].tolist(), number)
 
 # %% ../nbs/11_drift.ipynb #c088
 @patch

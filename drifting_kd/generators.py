@@ -196,7 +196,7 @@ class UNet(Generator):
         self.bias = nn.Parameter(torch.zeros(image_shape))
 
     def forward(self, noise: Tensor, labels: Tensor | None = None, alpha: Tensor | float = 1.) -> Tensor:
-        return self.image(self.net(noise, 0, class_labels=self.condition(len(noise), labels, alpha)).sample)
+        return self.image(self.net(noise, noise.new_zeros(()), class_labels=self.condition(len(noise), labels, alpha)).sample)
 
 # %% ../nbs/05_generators.ipynb #c027
 # name -> builder(image_shape, num_classes, alpha_range)

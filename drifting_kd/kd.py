@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor, nn
 from .core import LabError, choose_device, list_runs, locked, once, plain, read_json, runs_folder, split_words, unknown, write_json
-from .data import Batch, Batches, Dataset, Split, hash32, load_dataset, num_views, stratified, view_pixels
+from .data import Batch, Batches, Dataset, Split, hash32, load_dataset, num_views, stratified, upload, view_pixels
 from .models import Frozen, checkpoint_file, checkpoint_model, count_parameters, load_checkpoint, model_name, pretrained
 from .plots import COLOURS, Figure, Picture, styled
 from .track import resolve_artifact, start_tracker
@@ -776,10 +776,10 @@ def confidences(self: Teachers,
         return (1 + (logp.exp() * logp).sum(-1) / math.log(logits.shape[-1])).clamp(0, 1)
     if kind == "raw": return log_odds(logits, batch.y).sigmoid()
     if self.calibration is None: raise LabError(f"confidences {kind!r} need a calibration; call calibrate(seed) first, or use 'raw' or 'label_free'")
-    odds = log_odds(logits / self.calibration.temperature.to(logits.device)[:, None, None], batch.y)
+    odds = log_odds(logits / upload(self.calibration.temperature, logits.device)[:, None, None], batch.y)
     if kind == "calibrated": return odds.sigmoid()
     known, source, target = self.calibration.quantiles
-    index, rows = batch.index.to(logits.device), [q[:, batch.y].flatten(0, 1) for q in (source, target)]
+    index, rows = upload(batch.index, logits.device), [q[:, batch.y].flatten(0, 1) for q in (source, target)]
     return torch.where(known[:, index], transport(odds.flatten(), *rows).view_as(odds), odds).sigmoid()
 
 # %% ../nbs/12_kd.ipynb #c111
@@ -921,7 +921,7 @@ def __call__(self: ViewCache,
                 self.storing = False
                 warnings.warn(f"teacher cache {self.path} cannot be written ({e.strerror or e}); what is missing is computed live from now on")
     found, device = torch.from_numpy(values), self.teacher.net.device
-    return (found.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else found.to(device)).float()
+    return upload(found, device).float()
 
 # %% ../nbs/12_kd.ipynb #c121
 @patch

@@ -12,7 +12,7 @@ import torch.fx
 import torch.nn.functional as F
 from torch import nn
 from .core import LabError, unknown, import_torchvision, run_state, runs_folder
-from .data import normalize
+from .data import normalize, pixel_constants
 
 # %% auto #0
 __all__ = ['MODELS', 'LEAST_SIZE', 'CONVOLUTIONS', 'BATCHNORMS', 'CHECKPOINT_KEYS', 'conv3x3', 'projection', 'BasicBlock',
@@ -449,8 +449,8 @@ class Frozen:
         if x.dtype == torch.uint8: x = x / 255
         if not x.is_floating_point(): raise LabError(f"{self.name} was given {x.dtype}; expected uint8 pixels, or floats in [0, 1]")
         if resized: x = F.interpolate(x, (self.size, self.size), mode="bicubic", antialias=True)  # what overshoots [0, 1] a little is not cut: gradients pass
-        mean, std = (x.new_tensor(v).view(1, -1, 1, 1) for v in (self.mean, self.std))
-        return ((x - mean) / std).to(self.dtype)
+        _, mean, std = pixel_constants(self.mean, self.std, 1, x.device)
+        return ((x - mean.view(1, -1, 1, 1)) / std.view(1, -1, 1, 1)).to(self.dtype)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         "fp32 logits."

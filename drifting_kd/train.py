@@ -653,7 +653,8 @@ def go(self: Loop) -> dict:
     if cfg.compile and torch.are_deterministic_algorithms_enabled():
         from torch._inductor import config as inductor
         inductor.deterministic = True
-    net = torch.compile(self.model, mode="reduce-overhead" if self.device.type == "cuda" else None) if cfg.compile else self.model
+    graphs = self.device.type == "cuda" and cfg.accumulation == 1  # a second pass through a CUDA graph would write over the gradients of the first
+    net = torch.compile(self.model, mode="reduce-overhead" if graphs else None) if cfg.compile else self.model
     self.task.net = self.accelerator.prepare_model(net) if self.accelerator else net
     self.tracker = start_tracker(cfg.tracker, run, plain(cfg) | plain(self.task.hyperparameters()), resumed=run.resumed) if self.rank == 0 else None
     self.bar = _bar(self.total, self.step) if self.rank == 0 else None
