@@ -1135,12 +1135,13 @@ class Distill(Classify):
             term = self.feature_loss(inside, taught, batch.y)
             loss = loss + self.feature_weight * term
             metrics |= {"train/loss_feature": term.detach(), "train/loss_total": loss.detach()}
-        return loss, metrics | {"train/accuracy": (logits.detach().argmax(1) == batch.y).float().mean()}
+        return loss, metrics | self.answered(logits, batch.y)
 
     def parameters(self) -> list[nn.Parameter]: return [*super().parameters(), *self.regressors.parameters()]
-    def state(self) -> dict: return dict(regressors=self.regressors.state_dict(), teachers=self.hashes())
+    def state(self) -> dict: return super().state() | dict(regressors=self.regressors.state_dict(), teachers=self.hashes())
     def load_state(self, state: dict) -> None:
         if state["teachers"] != self.hashes(): raise LabError(f"this run was started with other teachers: their hashes were {[h[:12] for h in state['teachers']]}, those of {' '.join(self.sources)} are {[h[:12] for h in self.hashes()]}; restore them, or start a new run")
+        super().load_state(state)
         self.regressors.load_state_dict(state["regressors"])
     def hashes(self) -> list[str]: return [t.net.sha256 for t in self.teachers] if self.teachers else []
     def part(self, split: str) -> Split: return self.selection if split == "val" else super().part(split)

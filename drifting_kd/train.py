@@ -4,7 +4,7 @@
 
 # %% ../nbs/07_train.ipynb #c002
 from __future__ import annotations
-import contextlib, copy, dataclasses, errno, importlib.util, inspect, itertools, math, os, shutil, sys, time
+import collections, contextlib, copy, dataclasses, errno, importlib.util, inspect, itertools, math, os, shutil, sys, time
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np
@@ -18,10 +18,10 @@ from .models import create_model, layer_names, list_models, load_checkpoint, out
 from .track import start_tracker
 
 # %% auto #0
-__all__ = ['OPTIMIZERS', 'FitConfig', 'TrainConfig', 'optimizer_class', 'optimizer_settings', 'make_optimizer', 'check_optimizer',
-           'lr_at', 'expected_calibration_error', 'classification_metrics', 'Task', 'Classify', 'EMA', 'undisturbed',
-           'GlobalBatchNorm', 'globalize_batchnorm', 'random_state', 'set_random_state', 'save_checkpoint', 'NotFinite',
-           'Loop', 'fit', 'open_run', 'use_threads', 'prepare', 'classifier']
+__all__ = ['OPTIMIZERS', 'RECENT', 'FitConfig', 'TrainConfig', 'optimizer_class', 'optimizer_settings', 'make_optimizer',
+           'check_optimizer', 'lr_at', 'expected_calibration_error', 'classification_metrics', 'Task', 'Classify',
+           'EMA', 'undisturbed', 'GlobalBatchNorm', 'globalize_batchnorm', 'random_state', 'set_random_state',
+           'save_checkpoint', 'NotFinite', 'Loop', 'fit', 'open_run', 'use_threads', 'prepare', 'classifier']
 
 # %% ../nbs/07_train.ipynb #c005
 @dataclass
@@ -183,6 +183,9 @@ class Task:
     def batches(self, epoch: int): raise NotImplementedError
     def loss(self, batch, step: int) -> tuple[torch.Tensor, dict]: raise NotImplementedError
     def after_step(self, step: int) -> None: "Second optimisers, queues."
+    def recent(self) -> dict:
+        "Metrics of the last training batches that cost too much for every log line; asked for before each evaluation, on every rank."
+        return {}
     def evaluate(self, model: nn.Module, split: str) -> dict: return {}
     def preview(self, model: nn.Module, run: Run) -> None: "Write what a person looks at into the run's figures/ or samples/."
     def parameters(self) -> list[nn.Parameter]:
@@ -210,11 +213,13 @@ class Task:
         return [np.concatenate(parts) for parts in zip(*gather_object([tuple(arrays)]))]
 
 # %% ../nbs/07_train.ipynb #c026
+RECENT = 50  # steps
+
 class Classify(Task):
     "Supervised classification."
     def __init__(self, model: nn.Module, data: Dataset, cfg: TrainConfig):
         super().__init__(model)
-        self.data, self.cfg = data, cfg
+        self.data, self.cfg, self.answers = data, cfg, collections.deque(maxlen=RECENT * cfg.accumulation)
 
     def setup(self, device, rank: int = 0, world: int = 1) -> None:
         super().setup(device, rank, world)
@@ -228,7 +233,29 @@ class Classify(Task):
         if self.cfg.noise: x = x + torch.rand(len(x), 1, 1, 1, device=x.device) * torch.randn_like(x) * self.noise
         logits = self.net(x)
         loss = F.cross_entropy(logits, batch.y, label_smoothing=self.cfg.label_smoothing)
-        return loss, {"train/accuracy": (logits.detach().argmax(1) == batch.y).float().mean()}
+        return loss, self.answered(logits, batch.y)
+
+    def answered(self, logits: torch.Tensor, labels: torch.Tensor) -> dict:
+        "Keep what the network says of a training batch, and say how much of it is right."
+        logits = logits.detach().to(torch.float32, copy=True)  # a CUDA graph writes over its own output
+        self.answers.append((logits, labels))
+        return {"train/accuracy": (logits.argmax(1) == labels).float().mean()}
+
+    def recent(self) -> dict:
+        if not self.answers: return {}
+        found = classification_metrics(*self.gather(*(torch.cat(part) for part in zip(*self.answers))))
+        return {f"train/{k}": found[k] for k in ("accuracy_percent", "macro_f1", "auroc", "ece")}
+
+    def state(self) -> dict:
+        if not self.answers: return {}
+        logits, labels = self.gather(*(torch.cat(part) for part in zip(*self.answers)))
+        return dict(answers=(torch.from_numpy(logits), torch.from_numpy(labels), len(self.answers)))
+
+    def load_state(self, state: dict) -> None:
+        if "answers" not in state: return
+        *kept, batches = state["answers"]  # rank by rank, then batch by batch
+        own = (part.chunk(self.world)[self.rank].to(self.device).chunk(batches) for part in kept)
+        self.answers.extend(zip(*own))
 
     def part(self, split: str) -> Split: return getattr(self.data, split)
 
@@ -495,6 +522,8 @@ def inference_model(self: Loop) -> nn.Module: return self.ema.model if self.ema 
 def evaluate(self: Loop) -> bool:
     "Evaluate on validation, remember the best; True if it is time to stop."
     self.check_finite()  # logits that are not numbers cannot be scored
+    if recent := self.task.recent(): self.write(recent)
+    self.last_metrics |= recent
     layers = [name for name in parameter_layers(self.model) if name in layer_names(self.model)] if self.cfg.layer_norms else []
     with undisturbed(self.inference_model) as model, self.autocast():
         with output_sizes(model, layers) as sizes: metrics = self.task.evaluate(model, "val")

@@ -24,7 +24,7 @@ def train(patch: str = "", launcher: list[str] = (), wait: bool = True, **settin
 
 def losses(run: Path) -> list:
     "The numbers of a run that must not depend on when or where it ran."
-    names = ("train/loss", "train/accuracy", "train/grad_norm", "train/lr", "train/drift_norm", "train/feature_", "val/", "eval/")
+    names = ("train/loss", "train/accuracy", "train/macro_f1", "train/auroc", "train/ece", "train/grad_norm", "train/lr", "train/drift_norm", "train/feature_", "val/", "eval/")
     return [(line["step"], {k: v for k, v in line.items() if k.startswith(names)}) for line in map(json.loads, (run / "metrics.jsonl").read_text().splitlines())]
 
 def weights(run: Path) -> dict:
