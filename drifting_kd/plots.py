@@ -12,12 +12,12 @@ from matplotlib.figure import Figure
 from .core import LabError, atomic_write, unknown
 
 # %% auto #0
-__all__ = ['COLOURS', 'STYLE', 'WORDS', 'UNITS', 'LOWER', 'HIGHER', 'Picture', 'use_style', 'styled', 'save_figure', 't_interval',
-           'metric_words', 'label_ends', 'plot_curves', 'as_array', 'as_pixels', 'image_grid', 'class_grid',
-           'confusion_matrix', 'mistakes', 'speed_bars', 'direction_of', 'overlapping', 'dots_finding', 'interval_dots',
-           'first_reach', 'time_to_target', 'wilson', 'reliability_diagram', 'robustness_curves', 'layer_curves',
-           'layer_profile', 'channel_grid', 'loss_slices', 'barrier_curves', 'loss_surface_plot', 'heatmap',
-           'distance_dots']
+__all__ = ['COLOURS', 'STYLE', 'WORDS', 'UNITS', 'LOWER', 'HIGHER', 'DASHES', 'Picture', 'use_style', 'styled', 'save_figure',
+           't_interval', 'metric_words', 'label_ends', 'plot_curves', 'as_array', 'as_pixels', 'image_grid',
+           'class_grid', 'confusion_matrix', 'mistakes', 'speed_bars', 'direction_of', 'overlapping', 'dots_finding',
+           'interval_dots', 'first_reach', 'time_to_target', 'wilson', 'reliability_diagram', 'robustness_curves',
+           'layer_curves', 'layer_profile', 'channel_grid', 'loss_slices', 'barrier_curves', 'loss_surface_plot',
+           'heatmap', 'distance_dots']
 
 # %% ../nbs/03_plots.ipynb #c005
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito: told apart by colour-blind readers
@@ -89,7 +89,7 @@ def _line(runs: list[list[dict]], key: str, x: str) -> tuple:
 
 def label_ends(ax, ends: list[tuple]) -> None:
     "Write each line's name beside its end, pushed apart where they would overlap."
-    gap, heights = .09, []
+    gap, heights = min(.09, .93 / len(ends)), []
     places = sorted((ax.transAxes.inverted().transform(ax.transData.transform((x, y)))[1], x, y, name, colour) for name, x, y, colour in ends)
     for place, *_ in places: heights.append(max(place, heights[-1] + gap) if heights else max(place, .03))  # upwards
     for i in reversed(range(len(heights))): heights[i] = min(heights[i], .96 - gap * (len(heights) - 1 - i))   # and back below the top
@@ -97,18 +97,25 @@ def label_ends(ax, ends: list[tuple]) -> None:
         ax.annotate(name, (x, y), xytext=(1.02, height), textcoords="axes fraction", color=colour, va="center", annotation_clip=False)
 
 # %% ../nbs/03_plots.ipynb #c013
+DASHES = ("-", "--", ":")  # when the colours are used up
+
+def _same_n(runs: dict) -> int:
+    "How many seeds every one of several groups has; 0 if they differ, or there is one."
+    counts = {len(seeds) for seeds in runs.values()}
+    return counts.pop() if len(runs) > 1 and len(counts) == 1 and min(counts) > 1 else 0
+
 def _panel(ax, runs: dict, key: str, x: str) -> None:
-    ends, unit = [], UNITS.get(key.split("/")[-1], "")
+    ends, unit, same_n = [], UNITS.get(key.split("/")[-1], ""), _same_n(runs)
     for i, (name, seeds) in enumerate(runs.items()):
         at, mean, half = _line(seeds, key, x)
         finite = np.isfinite(mean)
         if not finite.any(): continue
         colour = COLOURS[i % len(COLOURS)]
-        ax.plot(at, mean, color=colour, linestyle=("-", "--", ":")[i // len(COLOURS) % 3], marker="o" if finite.sum() == 1 else None)
+        ax.plot(at, mean, color=colour, linestyle=DASHES[i // len(COLOURS) % 3], marker="o" if finite.sum() == 1 else None)
         if len(seeds) > 1: ax.fill_between(at, mean - half, mean + half, color=colour, alpha=.2, linewidth=0)
-        ends.append((f"{name} ({len(seeds)} seeds)" if len(seeds) > 1 else name, at[finite][-1], mean[finite][-1], colour))
+        ends.append((f"{name} ({len(seeds)} seeds)" if len(seeds) > 1 and not same_n else name, at[finite][-1], mean[finite][-1], colour))
     band = any(len(seeds) > 1 for seeds in runs.values())
-    ax.set(xlabel=f"{x} (band: 95 % interval of the mean)" if band else x, ylabel=f"{metric_words(key)}{f' ({unit})' if unit else ''}")
+    ax.set(xlabel=f"{x} ({f'{same_n} seeds each; ' if same_n else ''}band: 95 % interval of the mean)" if band else x, ylabel=f"{metric_words(key)}{f' ({unit})' if unit else ''}")
     if not ends:
         ax.set_title(f"{metric_words(key)}: nothing recorded")
         return
@@ -139,7 +146,7 @@ def plot_curves(runs: dict,           # name -> lines of a metrics.jsonl (core.r
     _check_recorded(runs, keys)
     columns = min(2, len(keys))
     rows = math.ceil(len(keys) / columns)
-    fig = Picture(figsize=(4.6 * columns if columns > 1 else 6, 2.8 * rows + .3 * bool(title)), layout="constrained")
+    fig = Picture(figsize=(4.6 * columns if columns > 1 else 6, max(2.8, .3 * len(runs)) * rows + .3 * bool(title)), layout="constrained")
     axes = list(fig.subplots(rows, columns, squeeze=False).flat)
     for ax, key in zip(axes, keys): _panel(ax, runs, key, x)
     for ax in axes[len(keys):]: ax.remove()
@@ -361,7 +368,7 @@ def _reach_panel(ax, runs: dict, key: str, target: float, direction: str, x: str
         for rows, hit in zip(seeds, hits):
             points = [(row[x], _number(row[key])) for row in rows if key in row and row.get(x) is not None]
             if not points: continue
-            ax.plot(*zip(*points), color=colour, linewidth=1, alpha=.6)
+            ax.plot(*zip(*points), color=colour, linestyle=DASHES[i // len(COLOURS) % 3], linewidth=1, alpha=.6)
             last.append(points[-1])
             if hit and hit.get(x) is not None: ax.plot([hit[x]], [_number(hit[key])], "o", color=colour, markersize=6)
         if all(hit and hit.get(x) is not None for hit in hits): medians[name] = float(np.median([hit[x] for hit in hits]))
@@ -384,10 +391,12 @@ def time_to_target(runs: dict,          # name -> list of runs' lines (core.read
     if not runs: raise LabError("time_to_target got no runs; give {name: [read_metrics(run), ...]}")
     direction = direction_of(key, direction)
     _check_recorded(runs, (key,))
-    fig = Picture(figsize=(9.2, 3.1), layout="constrained")
+    fig = Picture(figsize=(9.2, max(3.1, .36 * len(runs))), layout="constrained")
     for ax, (x, words) in zip(fig.subplots(1, 2), (("step", "steps"), ("progress/train_cpu_seconds", "CPU seconds (evaluations included)"))): _reach_panel(ax, runs, key, target, direction, x, words)
-    counts = ", ".join(f"{name} {sum(first_reach(rows, key, target, direction) is not None for rows in seeds)} of {len(seeds)}" for name, seeds in runs.items())
-    fig.suptitle("\n".join(textwrap.wrap(f"{metric_words(key)} {'at least' if direction == 'max' else 'at most'} {target:.4g}, seeds that reach it: {counts}", 110)))
+    there = {name: sum(first_reach(rows, key, target, direction) is not None for rows in seeds) for name, seeds in runs.items()}
+    short = [f"{name} {n} of {len(runs[name])}" for name, n in there.items() if n < len(runs[name])]
+    counts = f"seeds that reach it: {', '.join(short + ['all of the others'] * (len(short) < len(runs)))}" if short else "every seed reaches it"
+    fig.suptitle("\n".join(textwrap.wrap(f"{metric_words(key)} {'at least' if direction == 'max' else 'at most'} {target:.4g}: {counts}", 110)))
     return fig
 
 # %% ../nbs/03_plots.ipynb #c048
@@ -444,7 +453,7 @@ def robustness_curves(runs: dict,              # name -> {kind: [accuracy, clean
     fig = Picture(figsize=(max(4.6, 3.3 * len(kinds)), 2.8 + .3 * bool(title)), layout="constrained")
     axes = fig.subplots(1, len(kinds), sharey=True, squeeze=False)[0]
     for ax, kind in zip(axes, kinds):
-        ends = []
+        ends, same_n = [], _same_n(runs)
         for i, (name, seeds) in enumerate(runs.items()):
             values = [[_number(v) for v in results[kind]] for results in seeds if kind in results]
             if not values: continue
@@ -452,9 +461,9 @@ def robustness_curves(runs: dict,              # name -> {kind: [accuracy, clean
             (mean, half), colour = t_interval(values), COLOURS[i % len(COLOURS)]
             ax.plot(x, mean, "o-", markersize=3, color=colour)
             if len(values) > 1: ax.fill_between(x, mean - half, mean + half, color=colour, alpha=.2, linewidth=0)
-            ends.append((f"{name} ({len(values)} seeds)" if len(values) > 1 else name, x[-1], mean[-1], colour, mean[0]))
+            ends.append((f"{name} ({len(values)} seeds)" if len(values) > 1 and not same_n else name, x[-1], mean[-1], colour, mean[0]))
         band = any(len(seeds) > 1 for seeds in runs.values())
-        ax.set(xlabel="severity (band: 95 % interval)" if band else "severity", ylim=(0, 1.02), xticks=x)
+        ax.set(xlabel=f"severity ({f'{same_n} seeds each; ' if same_n else ''}band: 95 % interval)" if band else "severity", ylim=(0, 1.02), xticks=x)
         name, _, value, _, clean = max(ends, key=lambda e: -1 if math.isnan(e[2]) else e[2])
         ax.set_title(f"{kind}: {100 * clean:.1f} % become {100 * value:.1f} %" if len(runs) == 1 else f"{kind}, severity {x[-1]}: best is\n{name}, {100 * value:.1f} %")
         if len(runs) > 1 and ax is axes[-1]: label_ends(ax, [(label, at, 0. if math.isnan(end) else end, colour) for label, at, end, colour, _ in ends])

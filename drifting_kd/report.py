@@ -86,6 +86,12 @@ def differences(groups: dict, # label -> records
 def _group_label(values: dict) -> str:
     return ", ".join(v if isinstance(v, str) and v and v != ABSENT else f"{k} {v!r}" if v != ABSENT else f"{k} {v}" for k, v in values.items()) or "all runs"
 
+def _group_labels(rows: list[dict]) -> list[str]:
+    "One for each row of values, the same for equal ones; empty texts are left out where nothing else gets that label then."
+    short = [_group_label({k: v for k, v in row.items() if v != ""}) if any(v != "" for v in row.values()) else _group_label(row) for row in rows]
+    full = [_group_label(row) for row in rows]
+    return short if len(set(short)) == len(set(full)) else full
+
 def group_runs(records: list, by: str | tuple = ("optimizer",)) -> dict:
     "label -> records in the order of their seeds; within a group nothing but the seed differs."
     by, groups = split_words(by), {}
@@ -93,7 +99,8 @@ def group_runs(records: list, by: str | tuple = ("optimizer",)) -> dict:
     for k in by:
         if k == "seed": raise LabError("by='seed': a group is what several seeds have in common; use by='' for one group of all runs")
         if k not in have: raise unknown("parameter", k, have - NOT_SETTINGS)
-    for r in records: groups.setdefault(_group_label({k: r.config.get(k, ABSENT) for k in by}), []).append(r)
+    values = [{k: r.config.get(k, ABSENT) for k in by} for r in records]
+    for r, label in zip(records, _group_labels(values)): groups.setdefault(label, []).append(r)
     for label, members in groups.items():
         mixed = {}
         for k, values in differences({r.name: [r] for r in members}, by).items():
