@@ -406,8 +406,7 @@ def load_encoder(name: str,            # pixels; a run, its name or a checkpoint
     if name == "pixels": return Encoder()
     if Path(name).exists() or (runs_folder() / name).exists(): net = frozen(name, device, size=size)
     else:
-        published, _, weights = name.partition("=")
-        try: net = pretrained({"dinov2": "vit_small_patch14_dinov2.lvd142m"}.get(published, published), weights, size, device=device)
+        try: net = pretrained(name, size, device=device)
         except LabError as e: raise LabError(f"encoder={name!r} is no run in {runs_folder()} either: {e}") from None
     known, chosen = set(layer_names(net.model)), split_words(layers) or _stages(net.model)
     for layer in chosen:

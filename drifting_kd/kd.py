@@ -610,8 +610,7 @@ def load_teacher(source,         # a run folder, run name, checkpoint file, arti
     elif Path(source).exists() or (runs_folder() / source).exists(): teacher = _from_checkpoint(checkpoint_file(source), str(source), data, device, dtype)
     elif re.fullmatch(r"(\S+/)?model-[^/:]+(:[^/:]+)?", str(source)): teacher = _from_checkpoint(resolve_artifact(str(source)), str(source), data, device, dtype)
     else:
-        name, _, weights = str(source).partition("=")
-        try: net = pretrained(name, weights, num_classes=data.num_classes, device=device, dtype=dtype)
+        try: net = pretrained(str(source), num_classes=data.num_classes, device=device, dtype=dtype)
         except LabError as e: raise LabError(f"teacher {source!r} is no run in {runs_folder()}, no file and no artifact, and as a published network: {str(e)[:200]}") from None
         teacher = Teacher(net, str(source), sum(p.numel() for p in net.model.parameters()), notes=["its training images are not known"])
     channels = len(teacher.net.mean)

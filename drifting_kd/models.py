@@ -15,11 +15,12 @@ from .core import LabError, unknown, import_torchvision, run_state, runs_folder
 from .data import normalize, pixel_constants
 
 # %% auto #0
-__all__ = ['MODELS', 'LEAST_SIZE', 'CONVOLUTIONS', 'BATCHNORMS', 'CHECKPOINT_KEYS', 'conv3x3', 'projection', 'BasicBlock',
-           'Bottleneck', 'ResNet', 'list_models', 'create_model', 'count_parameters', 'rebuild', 'layer_names',
-           'activations', 'parameter_layers', 'output_sizes', 'flops', 'model_name', 'describe', 'foldable',
-           'fold_batchnorm', 'conv_bn', 'Staged', 'PreActBlock', 'ShuffleUnit', 'InvertedResidual', 'ConvNeXt',
-           'load_checkpoint', 'checkpoint_model', 'weights_sha256', 'Frozen', 'checkpoint_file', 'frozen', 'pretrained']
+__all__ = ['MODELS', 'LEAST_SIZE', 'CONVOLUTIONS', 'BATCHNORMS', 'CHECKPOINT_KEYS', 'PUBLISHED', 'conv3x3', 'projection',
+           'BasicBlock', 'Bottleneck', 'ResNet', 'list_models', 'create_model', 'count_parameters', 'rebuild',
+           'layer_names', 'activations', 'parameter_layers', 'output_sizes', 'flops', 'model_name', 'describe',
+           'foldable', 'fold_batchnorm', 'conv_bn', 'Staged', 'PreActBlock', 'ShuffleUnit', 'InvertedResidual',
+           'ConvNeXt', 'load_checkpoint', 'checkpoint_model', 'weights_sha256', 'Frozen', 'checkpoint_file', 'frozen',
+           'pretrained']
 
 # %% ../nbs/04_models.ipynb #c005
 def conv3x3(inputs: int, outputs: int, stride: int = 1) -> nn.Conv2d: return nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
@@ -528,26 +529,28 @@ def _timm(name: str, weights: str, image_size: int, num_classes: int) -> tuple:
 
 def _same_classes(name: str, weights: str, wanted: int, found: int) -> int:
     if wanted in (0, found): return found
-    raise LabError(f"num_classes={wanted}, but {weights or f'the published {name}'} has {found}; use {found}, 0 for features alone, or weights= of a network with {wanted} classes")
+    raise LabError(f"num_classes={wanted}, but {weights or f'the published {name}'} has {found}; use {found}, 0 for features alone, or a file with {wanted} classes, as {name}=FILE")
 
-def pretrained(name: str,           # resnet18 (torchvision's), or a model of timm, such as vit_small_patch14_dinov2.lvd142m
-               weights: str = "",   # a file with its weights; "" is the hub's cache or a download
+PUBLISHED = {"dinov2": "vit_small_patch14_dinov2.lvd142m"}  # short names
+
+def pretrained(name: str,           # resnet18 (torchvision's), dinov2, or a model of timm: from the hub's cache or a download; NAME=FILE takes the weights from a file
                image_size: int = 0, # side that images are resized to; 0: as they come, or what the network needs
                num_classes: int = 0,# classes of its classifier, which must be in the weights; 0: features alone
                device="cpu", dtype: torch.dtype = torch.float32) -> Frozen:
     "A frozen network with weights that were trained elsewhere, and its own normalisation."
     import_torchvision()
     import timm
+    name, _, weights = name.partition("=")
+    name = PUBLISHED.get(name, name)
     if name != "resnet18" and not timm.is_model(name.split(".")[0]): raise unknown("pretrained network", name, ["resnet18", *timm.list_models()])
-    weights = str(weights)
-    if weights and not Path(weights).is_file(): raise LabError(f"weights={weights}: no such file; give a file with the weights of {name}")
+    if weights and not Path(weights).is_file(): raise LabError(f"{weights}: no such file; give a file with the weights of {name}")
     try:
         with torch.random.fork_rng(devices=[]): found = (_resnet18 if name == "resnet18" else functools.partial(_timm, name))(weights, image_size, num_classes)
     except LabError: raise
     except Exception as e:  # no network, a damaged file, weights of another model, a size that the model refuses
         why = f"{type(e).__name__}: {' '.join(str(e).split())[:160]}"
         if weights: raise LabError(f"{weights} does not fit {name} at {image_size=} ({why}); give a file with the weights of this very model") from None
-        raise LabError(f"no weights for {name} ({why}); {_where(name)}, or give the file with weights=") from None
+        raise LabError(f"no weights for {name} ({why}); {_where(name)}, or give the file, as {name}=FILE") from None
     net, mean, std, size = found
     return Frozen(net, mean, std, name, device, dtype, size=size)
 
