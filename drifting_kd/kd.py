@@ -499,7 +499,7 @@ def relational(student: Tensor, # [B, ...]
     angles = F.smooth_l1_loss(e_s @ e_s.mT, e_t @ e_t.mT)
     return distance * F.smooth_l1_loss(relative(d_s), relative(d_t)) + angle * angles
 
-FEATURE_WEIGHTS = {"fitnet": 1., "attention": 1000., "similarity": 3000., "relational": 1., "drift": .1}  # of the term beside the logit loss; drift is not published for classification, its weight is a guess
+FEATURE_WEIGHTS = {"fitnet": 1., "attention": 1000., "similarity": 3000., "relational": 1., "drift": .1, "drift_batch": .1}  # of the term beside the logit loss; drift is not published for classification, its weight is a guess
 
 # %% ../nbs/12_kd.ipynb #c076
 def class_groups(labels: Tensor,   # [B]
@@ -987,7 +987,7 @@ from .train import Classify, TrainConfig, classification_metrics, classifier, fi
 @dataclass
 class DistillConfig(TrainConfig):
     "Everything a distilling run needs."
-    method: str = param("dynamic", "none, hinton, ca_weighted, dynamic, confidence, dkd, nkd, dist or mlkd; with +ls, weights or a gate, as in dkd+ls+ca")
+    method: str = param("dynamic", "none, hinton, ca_weighted, dynamic, confidence, dkd, nkd, dist or mlkd (its weakly augmented half); with +ls, weights or a gate, as in dkd+ls+ca")
     epochs: int = param(30, "passes over the training images", low=1, high=100_000)
     val_fraction: float = param(0.2, "share of the training images kept: half to calibrate teachers, half for selection", low=0, high=0.9)
     eval_every: int = param(5, "epochs between evaluations; the end always is one", low=1)
@@ -1002,7 +1002,7 @@ class DistillConfig(TrainConfig):
     options: str = param("", "more of the method, words with equals signs: warmup, value, end, and the loss's alpha, beta, gamma")
     reduction: str = param("sample", "sample, or batch: weights and gate averaged over the batch first", choices=("sample", "batch"))
     confidences: str = param("raw", "raw, calibrated, crossfit or label_free, where the method weighs by confidence; folds is crossfit with own teachers that each leave a fold out", choices=(*KINDS, "folds"))
-    feature: str = param("", "a feature term beside the logits: fitnet, attention, similarity, relational or drift; another weight than its own after an equals sign; empty is none")
+    feature: str = param("", "a feature term beside the logits: fitnet, attention, similarity, relational, drift (negatives of the class) or drift_batch (of the batch); another weight than its own after an equals sign; empty is none")
     feature_layers: str = param("", "layers that it sees, in words; the teachers' after an equals sign, where they are called otherwise; empty is the last stage")
     cache: str = param("off", "teachers' logits on the disk: off, lazy or ahead", choices=("off", "lazy", "ahead"))
     baseline: bool = param(True, "train the same student without teachers, once, to compare with")
@@ -1022,7 +1022,7 @@ class DistillConfig(TrainConfig):
         if self.confidences in ("calibrated", "crossfit", "folds") and not self.val_fraction: raise LabError(f"confidences={self.confidences!r} need validation images; use val_fraction above 0, or 'raw' or 'label_free'")
         term = self.term()[0]
         if term and self.compile: raise LabError("a feature term looks into the network with hooks; use compile=False, or no feature")
-        if self.processes > 1 and (self.reduction == "batch" or m.loss in ("dist", "mlkd") or term in ("fitnet", "drift", "similarity", "relational")):
+        if self.processes > 1 and (self.reduction == "batch" or m.loss in ("dist", "mlkd") or term not in ("", "attention")):
             raise LabError(f"method {self.method!r}{f' with feature {term}' if term else ''}, reduction={self.reduction!r}: it looks at whole batches or trains a regressor, and processes would each see a part; use processes=1")
         if not self.teachers and not self.teacher_models and m.loss: raise LabError(f"method {self.method!r} needs teachers: name them, or the networks of own ones in teacher_models")
 
@@ -1098,6 +1098,8 @@ class Distill(Classify):
         self.method, self.teachers, self.regressors, self.chosen = cfg.composition(), None, nn.ModuleDict(), {}
         (self.feature, self.feature_weight), self.kind = cfg.term(), "crossfit" if cfg.confidences == "folds" else cfg.confidences
         self.selection = halves(data.val, cfg.split_seed)[1]
+        if self.feature == "drift" and cfg.batch_size < 2 * data.num_classes:
+            raise LabError(f"feature='drift': a batch of {cfg.batch_size} has fewer than two images of each of {data.num_classes} classes; use feature='drift_batch', whose negatives are the whole batch, or batch_size={2 * data.num_classes}")
         if self.method.loss:
             self.sources = split_words(cfg.teachers) or train_teachers(cfg, data)
             self.teachers = self.load_teachers("cpu")
@@ -1118,7 +1120,7 @@ class Distill(Classify):
         if cfg.cache == "ahead":
             for cache in self.teachers.caches: cache.fill(rank=rank, world=world)
         if len(self.data.val) and not self.teachers.calibration: self.teachers.calibrate(cfg.split_seed)
-        if self.feature in ("fitnet", "drift"): self.make_regressors()
+        if self.feature in ("fitnet", "drift", "drift_batch"): self.make_regressors()
 
     def batches(self, epoch: int) -> HostBatches:
         return HostBatches(self.data.train, self.cfg.batch_size, self.cfg.seed, epoch, rank=self.rank, world=self.world, device=self.device)
@@ -1167,7 +1169,9 @@ def feature_loss(self: Distill, inside: dict, taught: list, labels: Tensor) -> T
             s, regressor = inside[name], self.regressors[f"{k}_{i}"] if f"{k}_{i}" in self.regressors else None
             if kind == "fitnet": terms.append(regressor(s, t))
             elif kind == "attention": terms.append(attention_transfer(s, t) * math.prod(t.shape[2:]) / 64)  # a mean over positions; its weight is for maps of 8x8
-            elif kind == "drift": terms.append(drift_term(regressor.regress(_pooled(s)) if regressor else _pooled(s), _pooled(t), labels, "class" if len(labels) >= 4 * self.data.num_classes else "batch")[0])
+            elif kind in ("drift", "drift_batch"):
+                pooled = regressor.regress(_pooled(s)) if regressor else _pooled(s)
+                terms.append(drift_term(pooled, _pooled(t), labels, "class" if kind == "drift" else "batch")[0])
             elif kind == "similarity": terms.append(similarity_preserving(s, t))
             else: terms.append(relational(_pooled(s), _pooled(t)))
     return torch.stack(terms).mean()
@@ -1181,7 +1185,7 @@ def make_regressors(self: Distill) -> None:
         with activations(teacher.net, names) as seen: teacher.logits(x)
         for i, (mine, theirs) in enumerate(zip(self.layers[0], names)):
             widths = inside[mine].shape[1], seen[theirs].shape[1]
-            if self.feature == "drift" and widths[0] == widths[1]: continue
+            if self.feature != "fitnet" and widths[0] == widths[1]: continue
             with torch.random.fork_rng(devices=[]):
                 torch.default_generator.manual_seed(1000 * self.cfg.seed + 10 * k + i)
                 self.regressors[f"{k}_{i}"] = FitNet(*widths)
