@@ -94,7 +94,8 @@ def find_checkpoints(checkpoint: str = "", # a .pt file, a run's folder or name,
     path = path.resolve()
     if path.is_file(): return [path]
     if not (path / "config.json").exists(): found = _unique(list(path.glob("*.pt")))
-    else: found = sorted((path / "checkpoints").glob("step_*.pt")) or [p for p in (path / "final_model.pt", path / "checkpoints" / "last.pt") if p.exists()][:1]
+    elif numbered := sorted((path / "checkpoints").glob("step_*.pt")): found = [p for p in _unique([*numbered, *(path / "checkpoints").glob("best.pt")]) if p.name == "best.pt"] + numbered
+    else: found = [p for p in (path / "final_model.pt", path / "checkpoints" / "last.pt") if p.exists()][:1]
     if not found: raise LabError(f"{path} holds no checkpoints (.pt); train first, or give another folder")
     return found
 

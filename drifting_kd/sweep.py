@@ -117,30 +117,33 @@ def expand(matrix: dict,         # notebook, base, matrix, exclude, include, nam
     return named
 
 # %% ../nbs/16_sweep.ipynb #c019
+def _text(value) -> str: return ",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+
+def _executed(run: dict) -> dict | None:
+    "What papermill wrote into the run's notebook; None where there is none, as of a run that was started in another way."
+    path = runs_folder() / "notebooks" / f"{run['run_name']}.ipynb"
+    if not path.exists(): return None
+    try: return json.loads(path.read_text(encoding="utf-8"))["metadata"]["papermill"]
+    except (ValueError, KeyError): return {}
+
 def finished(run: dict, # all its parameters
             ) -> bool:
     "Whether this very run is there; one of the same name with other parameters is an error."
     path = runs_folder() / run["run_name"]
     if not path.exists() or run_state(path) != "finished": return False
-    there = read_json(path / "config.json")
-    same = lambda a, b: list(a) == list(b) if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)) else a == b
-    if other := [f"{k} (there {there.get(k)!r}, here {v!r})" for k, v in run.items() if not same(there.get(k), v)]:
-        raise LabError(f"run {path.name} is finished with other parameters: {'; '.join(other)}; delete {path}, or use another name")
+    there, given = read_json(path / "config.json"), (_executed(run) or {}).get("parameters", {})  # a configuration may say the same in other words: cifar is cifar10
+    if other := [f"{k} (there {there.get(k)!r}, here {v!r})" for k, v in run.items() if v != there.get(k) and _text(v) not in (_text(there.get(k)), _text(given.get(k)))]:
+        raise LabError(f"run {path.name} is finished with other parameters: {'; '.join(other)}; use another name, or move {path} away")
     return True
 
 def shown(run: dict) -> bool:
-    "Whether its executed notebook came to the end; one that is not there was run in another way."
-    path = runs_folder() / "notebooks" / f"{run['run_name']}.ipynb"
-    if not path.exists(): return True
-    try: told = json.loads(path.read_text(encoding="utf-8"))["metadata"]["papermill"]
-    except (ValueError, KeyError): return False
-    return bool(told.get("end_time")) and not told.get("exception")
+    "Whether its executed notebook came to the end."
+    told = _executed(run)
+    return told is None or bool(told.get("end_time")) and not told.get("exception")
 
 def diverged(run: dict) -> bool:
     "Whether this run ended in a loss that is not finite; it would again."
     return (runs_folder() / run["run_name"] / "diverged.json").exists()
-
-def _text(value) -> str: return ",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
 
 def _run_one(run: dict, notebook: str, threads: int) -> str:
     "Start one run and wait: an empty string, or what stopped it."

@@ -11,9 +11,13 @@ class Toy(Config):
     optimizer: str = param("sgd", "name")
     lr: float = param(0.1, "rate")
     dataset: str = param("toy", "name")
+    betas: tuple = param((), "numbers")
     wait: float = param(0.0, "seconds")
+    def __post_init__(self):
+        super().__post_init__()
+        if self.dataset == "short": self.dataset = "a long name"
 guard = watch_parameters(globals())'''
-CELL = 'run_name: str = ""\nseed: int = 42\nresume: bool = False\ntracker: str = "none"\nproject: str = "p"\noptimizer: str = "sgd"\nlr: float = 0.1\ndataset: str = "toy"\nwait: float = 0.0'
+CELL = 'run_name: str = ""\nseed: int = 42\nresume: bool = False\ntracker: str = "none"\nproject: str = "p"\noptimizer: str = "sgd"\nlr: float = 0.1\ndataset: str = "toy"\nbetas: tuple = ()\nwait: float = 0.0'
 BODY = '''cfg = guard.read(Toy)
 run = Run(cfg, "toy")
 (run.path / "began").open("a").write("x")
@@ -49,6 +53,15 @@ def test_every_run_once_and_failures_cost_only_themselves(toy):
     matrix.write_text("notebook: toy\nmatrix: {lr: [0.5]}\nname: lr0.1")
     done = dkd("sweep", matrix)
     assert done.returncode == 1 and "finished with other parameters: lr (there 0.1, here 0.5)" in done.stderr
+
+def test_a_finished_run_is_known_by_what_it_was_given(toy):
+    "Not by what its configuration made of it."
+    matrix = toy / "m.yaml"
+    matrix.write_text("notebook: toy\nbase: {dataset: short, betas: '0.9,0.95'}\nmatrix: {lr: [0.1, 1]}\nname: 'lr{lr}'")
+    for before in (0, 2):
+        done = dkd("sweep", matrix)
+        assert done.returncode == 0 and f"2 runs, {before} of them finished before" in done.stdout, done.stdout + done.stderr
+    assert json.loads((toy / "runs/lr1/config.json").read_text())["dataset"] == "a long name" and began(toy) == {"lr0.1": 1, "lr1": 1}
 
 def test_a_killed_sweep_continues(toy):
     matrix = toy / "m.yaml"
