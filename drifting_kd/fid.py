@@ -19,10 +19,10 @@ from .models import Frozen, frozen, weights_sha256
 # %% auto #0
 __all__ = ['SCALES', 'MODES', 'SIDE', 'SHIPPED', 'STANDS_IN', 'WEIGHTS', 'EXTENSIONS', 'KEYS', 'to_uint8', 'to_rgb',
            'bicubic_weights', 'bicubic', 'resize_for', 'Moments', 'covariance_half', 'frechet_distance', 'Stats',
-           'load_stats', 'Kid', 'mmd', 'kernel_distance', 'Infinity', 'fd_infinity', 'Prdc', 'nearest', 'prdc',
-           'variance_ratio', 'class_means', 'class_gaussians', 'nearest_ratio', 'feature_diversity', 'exact_fp32',
-           'slug', 'Extractor', 'random_extractor', 'prompt_accuracy', 'judge', 'shipped_judges', 'shipped',
-           'default_judge', 'read_weights', 'inception', 'vit', 'images_of', 'as_extractor', 'holds_stats',
+           'load_stats', 'Kid', 'mmd', 'mmd_error', 'kernel_distance', 'Infinity', 'fd_infinity', 'Prdc', 'nearest',
+           'prdc', 'variance_ratio', 'class_means', 'class_gaussians', 'nearest_ratio', 'feature_diversity',
+           'exact_fp32', 'slug', 'Extractor', 'random_extractor', 'prompt_accuracy', 'judge', 'shipped_judges',
+           'shipped', 'default_judge', 'read_weights', 'inception', 'vit', 'images_of', 'as_extractor', 'holds_stats',
            'reference_stats', 'Score', 'fid', 'kid']
 
 # %% ../nbs/06_fid.ipynb #c005
@@ -267,7 +267,7 @@ def _two(real: Tensor, fake: Tensor, least: int = 2) -> tuple[Tensor, Tensor]:
 
 class Kid(NamedTuple):
     value: float
-    error: float   # standard error of the mean over subsets
+    error: float   # standard error: of the images, and of the subsets that were drawn
     std: float     # standard deviation over subsets
     subsets: int
     size: int      # images of each side in a subset
@@ -277,6 +277,21 @@ def mmd(x: Tensor, y: Tensor) -> Tensor:
     m, k = len(x), lambda a, b: (a @ b.T / a.shape[1] + 1) ** 3
     xx, yy = k(x, x), k(y, y)
     return (xx.sum() - xx.trace() + yy.sum() - yy.trace()) / (m * (m - 1)) - 2 * k(x, y).mean()
+
+def mmd_error(real: Tensor, fake: Tensor, # features [N, D], [M, D]
+              groups: int = 20, most: int = 5000, seed: int = 0) -> float:
+    "Standard error of the discrepancy between two sets of images, by leaving out one group of them after another; of larger sets from the first `most` in random order."
+    x, y = (v[torch.randperm(len(v), generator=generator(seed, 76, 0)).to(v.device)][:most] for v in (real, fake))
+    g = min(groups, len(x), len(y))
+    if g < 3: return math.nan
+    def sums(a, b, same):
+        k = torch.stack([torch.stack([((p @ q.T / a.shape[1] + 1) ** 3).sum() for q in b.tensor_split(g)]) for p in a.tensor_split(g)])
+        if same: k -= torch.diag(torch.stack([((p.square().sum(1) / a.shape[1] + 1) ** 3).sum() for p in a.tensor_split(g)]))  # no image with itself
+        return k.sum() - k.sum(0) - k.sum(1) + k.diagonal()
+    n, m = (torch.tensor([len(v) - len(p) for p in v.tensor_split(g)], dtype=torch.float64, device=v.device) for v in (x, y))
+    left = sums(x, x, True) / (n * (n - 1)) + sums(y, y, True) / (m * (m - 1)) - 2 * sums(x, y, False) / (n * m)
+    error = ((g - 1) / g * (left - left.mean()).square().sum()).sqrt().item()
+    return error * max(len(x) / len(real), len(y) / len(fake)) ** .5
 
 def kernel_distance(real: Tensor, fake: Tensor, # features [N, D], [M, D]
                     subsets: int = 100, size: int = 1000, seed: int = 0) -> Kid:
@@ -290,7 +305,8 @@ def kernel_distance(real: Tensor, fake: Tensor, # features [N, D], [M, D]
         return mmd(real[rows[0]], fake[rows[1]])
     values = torch.stack([one(i) for i in range(subsets)])
     std = values.std().item()
-    return Kid(values.mean().item(), std / math.sqrt(subsets), std, subsets, m)
+    drawn = std / math.sqrt(subsets) if m < max(len(real), len(fake)) else 0.  # subsets that are everything have nothing to draw
+    return Kid(values.mean().item(), math.hypot(mmd_error(real, fake, seed=seed), drawn), std, subsets, m)
 
 # %% ../nbs/06_fid.ipynb #c030
 class Infinity(NamedTuple):
