@@ -640,15 +640,16 @@ def finish(self: Loop) -> dict:
     "Test once, at the best-validation weights and at the last; write the inference weights and the summary."
     cfg, run, folder = self.cfg, self.run, self.run.path / "checkpoints"
     with undisturbed(self.inference_model) as model, self.autocast(): last = self.task.evaluate(model, "test")
-    at_best = dict(last)
+    at_best, chosen = dict(last), self.last_metrics
     if self.accelerator: self.accelerator.wait_for_everyone()  # best.pt is rank 0's
     if self.best and self.best["step"] != self.step:
         c = load_checkpoint(folder / "best.pt")
-        model = copy.deepcopy(self.inference_model)
+        model, chosen = copy.deepcopy(self.inference_model), c["metrics"]
         model.load_state_dict(c["ema"] or c["model"])
         with undisturbed(model), self.autocast(): at_best = self.task.evaluate(model, "test")
-    summary = {k: v for k, v in self.last_metrics.items() if k.startswith(("val/", "train/", "eval/"))} | at_best
-    summary |= {k.replace("/", "/last_", 1): v for k, v in last.items()}
+    looked = ("val/", "eval/")
+    summary = {k: v for k, v in self.last_metrics.items() if k.startswith("train/")} | {k: v for k, v in chosen.items() if k.startswith(looked)} | at_best
+    summary |= {k.replace("/", "/last_", 1): v for k, v in (self.last_metrics | last).items() if k in last or k.startswith(looked)}
     if self.best: summary |= {f"{self.task.monitor[0].replace('/', '/best_', 1)}": self.best["value"], "best_step": self.best["step"], "best_epoch": self.best["step"] / self.steps_per_epoch}
     summary |= dict(steps=self.step, epochs=self.step / self.steps_per_epoch, train_seconds=self.elapsed()[0], train_cpu_seconds=self.elapsed()[1], setup_seconds=self.setup[0], setup_cpu_seconds=self.setup[1], stopped_early=self.step < self.total, processes=self.world, model_name=getattr(cfg, "model", ""),
                     parameters=sum(p.numel() for p in self.model.parameters()), checkpoint_path=f"checkpoints/{'best' if self.best else 'last'}.pt")
