@@ -20,7 +20,7 @@ from .models import (BATCHNORMS, CONVOLUTIONS, BasicBlock, Bottleneck, Frozen, R
 from .train import undisturbed
 
 # %% auto #0
-__all__ = ['CORRUPTIONS', 'HISTORIES', 'KINDS', 'Solution', 'solution', 'Loss', 'loss_of', 'hessian_vector', 'Sharpness',
+__all__ = ['CORRUPTIONS', 'HISTORIES', 'PAIR_KINDS', 'Solution', 'solution', 'Loss', 'loss_of', 'hessian_vector', 'Sharpness',
            'sharpness', 'filter_normalized_direction', 'weights_kept', 'loss_surface', 'loss_slice', 'check_same_model',
            'interpolate', 'reestimate_batchnorm', 'barrier', 'permutation_groups', 'permuted', 'weight_orders',
            'match_weights', 'linear_cka', 'layer_features', 'cka_matrix', 'disagreement', 'disagreement_matrix',
@@ -596,15 +596,15 @@ def channel_maps(judge: Frozen,
     return maps[0].cpu().numpy()
 
 # %% ../nbs/08_analysis.ipynb #c098
-KINDS = ("same group, other seed", "other group, other seed", "other group, same seed")
+PAIR_KINDS = ("same group, other seed", "other group, other seed", "other group, same seed")
 
 def pair_kinds(groups: list, # of each run, such as its optimiser
                seeds: list,  # of each run
-              ) -> np.ndarray: # [n, n] of KINDS; "" on the diagonal and for two runs of the same group and seed
+              ) -> np.ndarray: # [n, n] of PAIR_KINDS; "" on the diagonal and for two runs of the same group and seed
     "What kind of pair each two runs are."
     g, s = np.asarray(groups), np.asarray(seeds)
     same_group, same_seed = g[:, None] == g[None], s[:, None] == s[None]
-    return np.select([same_group & ~same_seed, ~same_group & ~same_seed, ~same_group & same_seed], KINDS, "")
+    return np.select([same_group & ~same_seed, ~same_group & ~same_seed, ~same_group & same_seed], PAIR_KINDS, "")
 
 def separation(distance: np.ndarray, # [n, n], symmetric
                groups: list, seeds: list,
@@ -617,8 +617,8 @@ def separation(distance: np.ndarray, # [n, n], symmetric
     def mean(labels, kind):
         chosen = distance[(pair_kinds(labels, s) == kind) & upper]
         return float(chosen.mean()) if len(chosen) else math.nan
-    found = {kind: dict(mean=mean(g, kind), pairs=int(((pair_kinds(g, s) == kind) & upper).sum())) for kind in KINDS}
-    gap = lambda labels: mean(labels, KINDS[1]) - mean(labels, KINDS[0])
+    found = {kind: dict(mean=mean(g, kind), pairs=int(((pair_kinds(g, s) == kind) & upper).sum())) for kind in PAIR_KINDS}
+    gap = lambda labels: mean(labels, PAIR_KINDS[1]) - mean(labels, PAIR_KINDS[0])
     blocks, rng, extreme, observed = [np.flatnonzero(s == v) for v in np.unique(s)], np.random.default_rng(seed), 0, gap(g)
     ways = [math.factorial(len(b)) // math.prod(math.factorial(int(n)) for n in np.unique(g[b], return_counts=True)[1]) for b in blocks]
     floor = max(ways) / math.prod(ways)  # renaming the groups alike in every block changes nothing

@@ -16,7 +16,7 @@ from .core import (LabError, Parameters, Run, try_lock, locked, atomic_write, ch
                               seed_everything, split_words, unknown, write_json)
 from .data import Dataset, Split, load_dataset, splits_hash
 from .fid import (Extractor, MODES, Moments, Score, Stats, holds_stats, as_extractor, bicubic, class_gaussians, class_means, default_judge, exact_fp32, fd_infinity, feature_diversity, fid, kid, load_stats,
-                             nearest, nearest_ratio, prdc, prompt_accuracy, reference_stats, slug, to_rgb, to_uint8, variance_ratio)
+                             nearest, nearest_ratio, prdc, prompt_accuracy, random_pairs, reference_stats, slug, to_rgb, to_uint8, variance_ratio)
 from .generators import check_alpha, labels_like, sample_batches
 from .models import checkpoint_model, count_parameters, load_checkpoint, model_name, rebuild, weights_sha256
 from .plots import COLOURS, Picture, label_ends, styled, as_pixels, class_grid, distance_dots, image_grid, save_figure
@@ -295,27 +295,12 @@ def baselines(ref: Reference, real: Stats, labels: Tensor, seed: int) -> dict:
     return dict(class_means=real.distance(Stats.of(means, ref.judge)), class_gaussians=real.distance(Stats.from_moments(m, ref.judge)))
 
 # %% ../nbs/14_evaluate.ipynb #c025
-def _pairs(labels: Tensor | None, n: int, pairs: int, seed: int) -> Tensor:
-    "[pairs, 2] numbers of two different images, of one class where there are classes."
-    labels = torch.zeros(n, dtype=torch.long) if labels is None else labels.cpu()
-    if len(labels) != n: raise LabError(f"{n} images with {len(labels)} labels; expected a label for each")
-    some = (torch.bincount(labels)[labels] > 1).nonzero()[:, 0]
-    if not len(some): raise LabError("no class has two images; a distance needs two")
-    draw = generator(seed, 80)
-    ones = some[torch.randint(len(some), (pairs,), generator=draw)].tolist()
-    same = {c: (labels == c).nonzero()[:, 0] for c in labels[some].unique().tolist()}
-    def other(i):
-        mates = same[int(labels[i])]
-        mates = mates[mates != i]
-        return int(mates[int(torch.randint(len(mates), (1,), generator=draw))])
-    return torch.tensor([[i, other(i)] for i in ones])
-
 def _unit(images) -> Tensor: return to_uint8(images).permute(0, 3, 1, 2).float() / 255
 
 def sample_diversity(images, labels: Tensor | None = None, pairs: int = 2000, seed: int = 0) -> float:
     "Root mean square difference of two images' pixels in [0, 1], mean over random pairs of one class."
     x = _unit(images)
-    a, b = _pairs(labels, len(x), pairs, seed).unbind(1)
+    a, b = random_pairs(labels, len(x), pairs, seed)
     return (x[a] - x[b]).flatten(1).square().mean(1).sqrt().mean().item()
 
 LPIPS_TRUNKS = dict(alex="alexnet-owt-7be5be79.pth", vgg="vgg16-397923af.pth", squeeze="squeezenet1_1-b8a52dc0.pth")
@@ -340,7 +325,7 @@ def lpips_diversity(images, labels: Tensor | None = None, pairs: int = 500, seed
     if min(x.shape[2:]) < 64: x = bicubic(x, 64)
     x = (x / 127.5 - 1).to(device)
     with torch.inference_mode(), exact_fp32(device):
-        return torch.cat([network(x[p[:, 0]], x[p[:, 1]]).flatten() for p in _pairs(labels, len(x), pairs, seed).split(50)]).double().mean().item()
+        return torch.cat([network(x[a], x[b]).flatten() for a, b in zip(*(rows.split(50) for rows in random_pairs(labels, len(x), pairs, seed)))]).double().mean().item()
 
 # %% ../nbs/14_evaluate.ipynb #c026
 CLIP_MEAN, CLIP_STD = (.48145466, .4578275, .40821073), (.26862954, .26130258, .27577711)

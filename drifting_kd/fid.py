@@ -20,10 +20,10 @@ from .models import Frozen, frozen, weights_sha256
 __all__ = ['SCALES', 'MODES', 'SIDE', 'SHIPPED', 'STANDS_IN', 'WEIGHTS', 'EXTENSIONS', 'KEYS', 'to_uint8', 'to_rgb',
            'bicubic_weights', 'bicubic', 'resize_for', 'Moments', 'covariance_half', 'frechet_distance', 'Stats',
            'load_stats', 'Kid', 'mmd', 'mmd_error', 'kernel_distance', 'Infinity', 'fd_infinity', 'Prdc', 'nearest',
-           'prdc', 'variance_ratio', 'class_means', 'class_gaussians', 'nearest_ratio', 'feature_diversity',
-           'exact_fp32', 'slug', 'Extractor', 'random_extractor', 'prompt_accuracy', 'judge', 'shipped_judges',
-           'shipped', 'default_judge', 'read_weights', 'inception', 'vit', 'images_of', 'as_extractor', 'holds_stats',
-           'reference_stats', 'Score', 'fid', 'kid']
+           'prdc', 'variance_ratio', 'class_means', 'class_gaussians', 'nearest_ratio', 'random_pairs',
+           'feature_diversity', 'exact_fp32', 'slug', 'Extractor', 'random_extractor', 'prompt_accuracy', 'judge',
+           'shipped_judges', 'shipped', 'default_judge', 'read_weights', 'inception', 'vit', 'images_of',
+           'as_extractor', 'holds_stats', 'reference_stats', 'Score', 'fid', 'kid']
 
 # %% ../nbs/06_fid.ipynb #c005
 SCALES = ("", "signed", "unit")  # of floats: "" looks whether any is negative
@@ -415,13 +415,11 @@ def nearest_ratio(fake: Tensor, train: Tensor, test: Tensor) -> float: # feature
     if not usual: raise LabError("half of the test images lie on training images; there is nothing to compare with")
     return nearest(fake, train)[0].median().item() / usual
 
-def feature_diversity(features: Tensor,              # [N, D]
-                      labels: Tensor | None = None,  # [N]: pairs of one class
-                      pairs: int = 20_000, seed: int = 0) -> float:
-    "The mean distance of two different images, over random pairs."
-    x, _ = _two(features, features)
-    if labels is not None and len(labels) != len(x): raise LabError(f"{len(x)} images with {len(labels)} labels; expected a label for each")
-    kinds = torch.zeros(len(x), dtype=torch.long) if labels is None else labels.cpu().unique(return_inverse=True)[1]
+def random_pairs(labels: Tensor | None, # [N]: pairs of one class
+                 n: int, pairs: int, seed: int = 0) -> tuple[Tensor, Tensor]: # [pairs] each, on the CPU
+    "The numbers of two different images, pair by pair."
+    if labels is not None and len(labels) != n: raise LabError(f"{n} images with {len(labels)} labels; expected a label for each")
+    kinds = torch.zeros(n, dtype=torch.long) if labels is None else labels.cpu().unique(return_inverse=True)[1]
     order, count = kinds.argsort(stable=True), kinds.bincount()
     start = count.cumsum(0) - count
     paired = (count[kinds[order]] > 1).nonzero()[:, 0]  # places in `order`; an only image of its class has no partner
@@ -431,7 +429,15 @@ def feature_diversity(features: Tensor,              # [N, D]
     size, first = count[kinds[order[one]]], start[kinds[order[one]]]
     step = 1 + (torch.rand(pairs, generator=draw, dtype=torch.float64) * (size - 1)).long()  # 1 to size - 1: another image of the class
     two = first + (one - first + step) % size
-    return (x[order[one].to(x.device)] - x[order[two].to(x.device)]).norm(dim=1).mean().item()
+    return order[one], order[two]
+
+def feature_diversity(features: Tensor,              # [N, D]
+                      labels: Tensor | None = None,  # [N]: pairs of one class
+                      pairs: int = 20_000, seed: int = 0) -> float:
+    "The mean distance of two different images, over random pairs."
+    x, _ = _two(features, features)
+    one, two = (rows.to(x.device) for rows in random_pairs(labels, len(x), pairs, seed))
+    return (x[one] - x[two]).norm(dim=1).mean().item()
 
 # %% ../nbs/06_fid.ipynb #c046
 @contextlib.contextmanager

@@ -20,7 +20,7 @@ from .plots import COLOURS, Picture, styled
 from .train import TrainConfig
 
 # %% auto #0
-__all__ = ['RECIPES', 'RECIPE', 'KINDS', 'JudgeConfig', 'pack', 'judge_row', 'ship', 'noisy', 'kept_classes', 'collapsed',
+__all__ = ['RECIPES', 'RECIPE', 'DAMAGES', 'JudgeConfig', 'pack', 'judge_row', 'ship', 'noisy', 'kept_classes', 'collapsed',
            'study', 'judged', 'rises', 'degradation_panels']
 
 # %% ../nbs/13_judges.ipynb #c005
@@ -82,7 +82,7 @@ def ship(name: str, content: bytes, row: dict, folder: Path = SHIPPED) -> Path:
     return folder / f"{name}.pt"
 
 # %% ../nbs/13_judges.ipynb #c011
-KINDS = {"noise": ("deviation, share of the range", (0, .02, .05, .1, .2, .4)), "blur": ("width, share of the side", (0, *(b / 32 for b in CORRUPTIONS["blur"]))),
+DAMAGES = {"noise": ("deviation, share of the range", (0, .02, .05, .1, .2, .4)), "blur": ("width, share of the side", (0, *(b / 32 for b in CORRUPTIONS["blur"]))),
          "dropped": ("share of the classes dropped", (0, .1, .2, .3, .5)), "collapse": ("distinct images a class", (0, 8, 4, 2, 1))} # of collapse, 0 is all
 
 def noisy(images: Tensor, sigma: float, seed: int = 0) -> Tensor:
@@ -115,20 +115,20 @@ def study(judge: Extractor, data: Dataset,
     if not 2 <= n <= len(data.test): raise LabError(f"{n} images of {len(data.test)} test images; expected 2 to all of them")
     real = Stats.of(judge(data.train.images), judge)
     from_real = lambda features: Stats.of(features, judge).distance(real)
-    found = {kind: [] for kind in KINDS}
+    found = {kind: [] for kind in DAMAGES}
     for draw in range(draws):
         split = data.test.take(permutation(len(data.test), draw, 82))
         features, base = judge(split.images), split.images[:n]
         blurred = lambda step: corrupt(base, "blur", step)
-        found["noise"].append([from_real(judge(noisy(base, s, draw)) if s else features[:n]) for s in KINDS["noise"][1]])
-        found["blur"].append([from_real(judge(blurred(step)) if step else features[:n]) for step in range(len(KINDS["blur"][1]))])
-        found["dropped"].append([from_real(features[kept_classes(split.labels, n, s, draw)]) for s in KINDS["dropped"][1]])
-        found["collapse"].append([from_real(features[collapsed(split.labels, n, k)]) for k in KINDS["collapse"][1]])
+        found["noise"].append([from_real(judge(noisy(base, s, draw)) if s else features[:n]) for s in DAMAGES["noise"][1]])
+        found["blur"].append([from_real(judge(blurred(step)) if step else features[:n]) for step in range(len(DAMAGES["blur"][1]))])
+        found["dropped"].append([from_real(features[kept_classes(split.labels, n, s, draw)]) for s in DAMAGES["dropped"][1]])
+        found["collapse"].append([from_real(features[collapsed(split.labels, n, k)]) for k in DAMAGES["collapse"][1]])
     asked = data.train.labels.sort().values[torch.linspace(0, len(data.train) - 1, n).round().long()]  # classes in the proportions of the training split
     baselines = {name: judged(judge, data, make(data.train.images, data.train.labels, asked), asked, real) for name, make in (("class means", class_means), ("Gaussian per class", class_gaussians))}
     floors = [row[0] for row in found["noise"]]
     return dict(judge=judge.name, metric=judge.metric, sha256=judge.sha256, dataset=data.name, n=n, n_real=len(data.train), classes=len(data.classes), draws=draws, floor=float(np.mean(floors)), floor_std=float(np.std(floors)),
-                kinds={kind: dict(unit=KINDS[kind][0], steps=list(KINDS[kind][1]), distances=rows) for kind, rows in found.items()}, baselines=baselines)
+                kinds={kind: dict(unit=DAMAGES[kind][0], steps=list(DAMAGES[kind][1]), distances=rows) for kind, rows in found.items()}, baselines=baselines)
 
 def judged(judge: Extractor, data: Dataset, images: Tensor, labels: Tensor, real: Stats) -> dict:
     "Distance, class agreement and within-class variance ratio of labelled images."
@@ -153,7 +153,7 @@ def degradation_panels(studies: list,    # of `study`
     "Distance against degradation, a row a judge; grey is the floor, dots are draws."
     if not studies: raise LabError("degradation_panels got nothing to draw; give a list of what `study` returns")
     fig = Picture(figsize=(10.5, .7 + 2.1 * len(studies)), layout="constrained")
-    panels = fig.subplots(len(studies), len(KINDS), squeeze=False, sharey="row")
+    panels = fig.subplots(len(studies), len(DAMAGES), squeeze=False, sharey="row")
     for r, (s, axes) in enumerate(zip(studies, panels)):
         for c, (ax, (kind, f)) in enumerate(zip(axes, s["kinds"].items())):
             at, rows = np.arange(len(f["steps"])), np.array(f["distances"], dtype=float)

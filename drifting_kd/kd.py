@@ -21,7 +21,7 @@ from .plots import COLOURS, Figure, Picture, styled
 from .track import resolve_artifact, start_tracker
 
 # %% auto #0
-__all__ = ['GATES', 'LOSSES', 'WEIGHTS', 'METHODS', 'FEATURE_WEIGHTS', 'KINDS', 'PAGE', 'kd_loss', 'dkd_loss', 'nkd_loss',
+__all__ = ['GATES', 'LOSSES', 'WEIGHTS', 'METHODS', 'FEATURE_WEIGHTS', 'CONFIDENCES', 'PAGE', 'kd_loss', 'dkd_loss', 'nkd_loss',
            'dist_loss', 'mlkd_loss', 'standardize', 'ls', 'uniform_weights', 'ca_weights', 'entropy_weights',
            'most_confident_weights', 'aekd_weights', 'gate_bounds', 'gate', 'gate_saturated', 'Composition',
            'composition', 'soft_weight', 'teacher_weights', 'distill_terms', 'FitNet', 'attention_transfer',
@@ -691,7 +691,7 @@ def fit_temperature(logits: Tensor, # [N, C] of images that the teacher has not 
     return math.exp(-brentq(slope, low, high, xtol=1e-10)) if slope(low) < 0 < slope(high) else 1.0
 
 # %% ../nbs/12_kd.ipynb #c106
-KINDS = ("raw", "calibrated", "crossfit", "label_free")
+CONFIDENCES = ("raw", "calibrated", "crossfit", "label_free")
 _LEVELS = (torch.arange(32) + .5) / 32  # of the quantiles
 _FEW = 20         # images of a class, for quantiles of its own
 _VIEWS_HELD = 4   # random views of each image of the calibration half
@@ -769,7 +769,7 @@ def confidences(self: Teachers,
                 kind: str = "raw", # raw, calibrated, crossfit or label_free
                ) -> Tensor:     # [K, B], in [0, 1]
     "How sure each teacher is of each image."
-    if kind not in KINDS: raise unknown("kind of confidence", kind, KINDS)
+    if kind not in CONFIDENCES: raise unknown("kind of confidence", kind, CONFIDENCES)
     if kind == "label_free":
         logp = logits.log_softmax(-1)
         return (1 + (logp.exp() * logp).sum(-1) / math.log(logits.shape[-1])).clamp(0, 1)
@@ -1001,7 +1001,7 @@ class DistillConfig(TrainConfig):
     threshold: float = param(-1.0, "confidence at which such a gate is one half; below 0 is the method's own", low=-1, high=1)
     options: str = param("", "more of the method, words with equals signs: warmup, value, end, and the loss's alpha, beta, gamma")
     reduction: str = param("sample", "sample, or batch: weights and gate averaged over the batch first", choices=("sample", "batch"))
-    confidences: str = param("raw", "raw, calibrated, crossfit or label_free, where the method weighs by confidence; folds is crossfit with own teachers that each leave a fold out", choices=(*KINDS, "folds"))
+    confidences: str = param("raw", "raw, calibrated, crossfit or label_free, where the method weighs by confidence; folds is crossfit with own teachers that each leave a fold out", choices=(*CONFIDENCES, "folds"))
     feature: str = param("", "a feature term beside the logits: fitnet, attention, similarity, relational, drift (negatives of the class) or drift_batch (of the batch); another weight than its own after an equals sign; empty is none")
     feature_layers: str = param("", "layers that it sees, in words; the teachers' after an equals sign, where they are called otherwise; empty is the last stage")
     cache: str = param("off", "teachers' logits on the disk: off, lazy or ahead", choices=("off", "lazy", "ahead"))
