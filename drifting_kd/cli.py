@@ -196,11 +196,14 @@ def compare_command(args) -> int:
 
 # %% ../nbs/17_cli.ipynb #c017
 def fid_command(args) -> int:
-    from drifting_kd.evaluate import judge_for, stats_of
+    from drifting_kd.evaluate import judge_for, own_alpha, run_checkpoint, stats_of
     from drifting_kd.fid import fid, kid
+    from drifting_kd.models import load_checkpoint
     judge = judge_for([args.real, args.fake], args.extractor, args.mode, args.device, args.data_root)
     settings = dict(alpha=args.alpha, seed=args.seed, data_root=args.data_root)
     real, fake = stats_of(args.real, judge, **settings), stats_of(args.fake, judge, args.n, **settings)
+    for text in (args.real, args.fake):
+        if (path := run_checkpoint(text)): print(f"{text}: {path.name}, step {(c := load_checkpoint(path))['step']:,}, alpha {args.alpha or own_alpha(c['config']):g}")
     print(fid(real, fake, judge, seed=args.seed))
     if args.kid: print(kid(real, fake, judge, seed=args.seed))
     return 0
@@ -265,7 +268,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("real", metavar="A", help="the real images: digits:test, a folder, .zip, .npz, ...")
     p.add_argument("fake", metavar="B", help="the others; also a run of a generator or a checkpoint")
     p.add_argument("--n", type=int, default=0, metavar="N", help="how many of B (default: all; 10,000 of a generator)")
-    p.add_argument("--alpha", type=float, default=1.5, help="guidance strength of a generator")
+    p.add_argument("--alpha", type=float, default=0., help="guidance strength of a generator (default: its run's own)")
     p.add_argument("--seed", type=int, default=42)
     p.add_argument("--kid", action="store_true", help="the kernel distance, too")
     _add_judge(p)
@@ -287,7 +290,7 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:  # dkd runs | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except KeyboardInterrupt: print("\ndkd: interrupted; what was checkpointed is kept: give the same command again (dkd run: with -p resume True)", file=sys.stderr); return 130
+    except KeyboardInterrupt: print("\ndkd: interrupted; what was checkpointed is kept. To continue: the same command, dkd run with -p resume True in addition", file=sys.stderr); return 130
 
 # %% ../nbs/17_cli.ipynb #c020
 if __name__ == "__main__" and "__file__" in globals(): sys.exit(main())

@@ -523,7 +523,7 @@ class DriftConfig(FitConfig):
     method: str = param("class", "class (a group each class) or joint (one group, a generator without classes)", choices=("class", "joint"))
     model: str = param("mlp", "generator")
     steps: int = param(1500, "optimiser steps; cadences count steps", low=0, high=10**9)
-    batch_size: int = param(640, "generated images a step, over all groups and processes", low=2)
+    batch_size: int = param(640, "generated images a step, over all groups and processes; rounded down to as many for each group", low=2)
     optimizer: str = param("adamw", "sgd, nesterov, adamw, muon, lion or any name of timm's factory")
     lr: float = param(6e-3, "learning rate; 0 is the optimiser's own", low=0, high=100)
     betas: tuple = param((0.9, 0.95), "momenta of Adam and its kin; empty is the optimiser's own")
@@ -593,7 +593,6 @@ class Drift(Task):
         self.classes = max(1, model.num_classes)
         self.per_step = cfg.groups or self.classes
         if self.per_step > self.classes: raise LabError(f"groups={cfg.groups}: {data.name} has {self.classes} classes; use at most that")
-        if cfg.batch_size % self.per_step: raise LabError(f"batch_size={cfg.batch_size} does not divide among {self.per_step} groups; use a multiple of it")
         if cfg.batch_size // self.per_step < 2: raise LabError(f"batch_size={cfg.batch_size} for {self.per_step} groups: a group needs at least two images that repel each other")
         self.generated = cfg.batch_size // self.per_step
         self.judge = in_training_judge(cfg.judge, data)
@@ -652,7 +651,7 @@ def draw(self: Drift, number: int) -> Draw:
     cfg, draw = self.cfg, generator(self.cfg.seed, _DRAW, number)
     groups = torch.randperm(self.classes, generator=draw)[:self.per_step].sort().values
     alpha = draw_alpha(self.per_step, 1., cfg.alpha_max, cfg.alpha_power, draw) if cfg.guided else torch.ones(self.per_step)
-    noise = torch.randn(cfg.batch_size, *self.model.noise_shape, generator=draw)
+    noise = torch.randn(self.generated * self.per_step, *self.model.noise_shape, generator=draw)
     mine = slice(self.rank * self.per_step // self.world, (self.rank + 1) * self.per_step // self.world)
     noise = noise.view(self.per_step, self.generated, *self.model.noise_shape)[mine].flatten(0, 1)
     return Draw(*(upload(v, self.device) for v in (noise, groups[mine].repeat_interleave(self.generated), alpha[mine])), groups[mine].tolist(), number)

@@ -30,7 +30,8 @@ __all__ = ['MEASURES', 'KEPT', 'LPIPS_TRUNKS', 'CLIP_MEAN', 'CLIP_STD', 'PRDC_IM
            'baselines', 'sample_diversity', 'lpips_network', 'lpips_diversity', 'load_clip', 'clip_score',
            'class_captions', 'scores', 'read_rows', 'same_settings', 'find_row', 'write_row', 'distance_of', 'best_row',
            'distance_vs_step', 'score_table', 'neighbours_grid', 'pass_for_real', 'baseline_dots', 'guidance_curves',
-           'Evaluation', 'Evaluator', 'preview', 'evaluate', 'judge_for', 'stats_of']
+           'Evaluation', 'own_judge', 'Evaluator', 'preview', 'evaluate', 'own_alpha', 'run_checkpoint', 'judge_for',
+           'stats_of']
 
 # %% ../nbs/14_evaluate.ipynb #c005
 MEASURES = ("kid", "prdc", "infinity", "clip", "lpips")
@@ -48,7 +49,7 @@ class EvaluateConfig(Parameters):
     data_root: str = param("", "folder with the data; empty is the run's, else DKD_DATA, else data/")
     dataset_split: str = param("train", "train or test, the real images", choices=("train", "test"))
     fid_mode: str = param("clean", "how Inception's images are resized; modes do not compare", choices=MODES)
-    extractor: str = param("", "judge: inception, dinov2, a shipped judge or a run; empty is the data set's shipped judge, else inception")
+    extractor: str = param("", "judge: inception, dinov2, a shipped judge or a run; empty is the run's own judge, else the data set's shipped one, else inception")
     reference: str = param("", "a .npz of statistics to compare with instead of the data set's")
     metrics: str = param("kid,prdc", "measured beside the distance, separated by commas: kid, prdc, infinity, clip, lpips")
     clip_model: str = param("openai/clip-vit-base-patch32", "CLIP for clip: a name or a local folder")
@@ -413,11 +414,12 @@ def scores(s: Sampled, ref: Reference, cfg: EvaluateConfig, words: list = (), re
     if s.labels is not None:
         if judge.head is not None: found["prompt_accuracy"] = notes.attempt(lambda: prompt_accuracy(judge, features, s.labels))
         found["variance_ratio"] = notes.attempt(lambda: variance_ratio(ref.train.features, ref.data.train.labels, features, s.labels)[0])
+        found["variance_of_test"] = notes.attempt(lambda: keep(f"variance {key}", lambda: variance_ratio(ref.train.features, ref.data.train.labels, ref.test.features, ref.data.test.labels)[0]))
     return found, score, [*score.warnings, *notes]
 
 # %% ../nbs/14_evaluate.ipynb #c033
 HEAD = "checkpoint checkpoint_name dataset epoch step num_samples batch_size alpha seed eval_seconds extractor mode fid".split()
-MIDDLE = ("kid kid_std kid_error floor floor_std floor_n floor_by_class to_train to_test train_to_test fd_infinity precision recall density coverage prompt_accuracy variance_ratio nearest_ratio baseline_class_means baseline_class_gaussians "
+MIDDLE = ("kid kid_std kid_error floor floor_std floor_n floor_by_class to_train to_test train_to_test fd_infinity precision recall density coverage prompt_accuracy variance_ratio variance_of_test nearest_ratio baseline_class_means baseline_class_gaussians "
           "sample_diversity feature_diversity lpips_diversity clip_score clip_model judge_sha256 dataset_split reference reference_sha256 ema model_sha256 metrics artifact").split()
 CONTEXT = "loss drift_norm grad_norm feature_dist_mean feature_dist_var avg_loss avg_drift_norm".split()
 SETTINGS = "dataset num_samples alpha seed extractor mode judge_sha256 dataset_split reference reference_sha256 ema".split()  # numbers compare where these agree
@@ -566,10 +568,10 @@ def neighbours_grid(fakes, real,          # images [N, ...], and the nearest tra
 def pass_for_real(row: dict) -> "pd.DataFrame":
     "The four measures of a row and the baseline, beside what real images have."
     import pandas as pd
-    own, gaussian = _float(row, "train_to_test"), _float(row, "baseline_class_gaussians")
+    own, gaussian, of_test = (_float(row, k) for k in ("train_to_test", "baseline_class_gaussians", "variance_of_test"))
     rows = [("class agreement", _float(row, "prompt_accuracy"), "at least .98", lambda v: v >= .98),
             ("distance to test images", _float(row, "to_test"), f"at most {1.5 * own:.3g}, 1.5 times the training images' own {own:.3g}", lambda v: v <= 1.5 * own),
-            ("variance within classes, of that of real images", _float(row, "variance_ratio"), "at least .85", lambda v: v >= .85),
+            ("variance within classes, of that of training images", _float(row, "variance_ratio"), "at least .85" + ("" if math.isnan(of_test) else f"; test images have {of_test:.3g}"), lambda v: v >= .85),
             ("distance to the nearest training image, of that of test images", _float(row, "nearest_ratio"), "at least .85", lambda v: v >= .85),
             ("distance to training images", _float(row, "to_train"), f"below {gaussian:.3g}, a Gaussian of each class", lambda v: v < gaussian)]
     known = [(name, value, wanted, "not measured" if math.isnan(value) or "nan" in wanted else "yes" if good(value) else "no") for name, value, wanted, good in rows]
@@ -587,7 +589,7 @@ def guidance_curves(rows: list[dict]) -> Figure: # of one checkpoint at several 
     "Distance, agreement and variety against guidance strength."
     rows = sorted(rows, key=lambda r: _float(r, "alpha"))
     metric, alpha = distance_of(rows[0])[0], [_float(r, "alpha") for r in rows]
-    panels = {f"{metric}, to test images": "to_test", "class agreement": "prompt_accuracy", "variance within classes\n(of real images')": "variance_ratio"}
+    panels = {f"{metric}, to test images": "to_test", "class agreement": "prompt_accuracy", "variance within classes\n(of training images')": "variance_ratio"}
     panels = {words: key for words, key in panels.items() if any(math.isfinite(_float(r, key)) for r in rows)}
     fig = Picture(figsize=(9, 2.6), layout="constrained")
     for i, (ax, (words, key)) in enumerate(zip(fig.subplots(1, len(panels), squeeze=False)[0], panels.items())):
@@ -610,6 +612,11 @@ class Evaluation:
     @property
     def best(self) -> dict | None: return best_row(self.rows)
 
+def own_judge(config: dict) -> str:
+    "The judge that a run was looked at with, else its data set's."
+    named = config.get("judge", "")
+    return named if named not in ("", "none") else default_judge(config.get("dataset", ""))
+
 class Evaluator:
     "A configuration, checked and loaded; `evaluate` does the work."
     def __init__(self, cfg: EvaluateConfig):
@@ -621,7 +628,7 @@ class Evaluator:
         seed_everything(cfg.seed)
         self.paths = find_checkpoints(cfg.checkpoint)
         self.folder = home_of(self.paths[0]) / "eval"
-        first = open_subject(self.paths[0], cfg.ema)
+        self.first = first = open_subject(self.paths[0], cfg.ema)
         name = cfg.dataset or first.config.get("dataset", "")
         if not name: raise LabError(f"{first.path} does not say which data it was trained on; give dataset=")
         self.data = load_dataset(name, cfg.data_root or first.config.get("data_root", ""), first.config.get("image_size", 0), val_fraction=0)
@@ -633,7 +640,8 @@ class Evaluator:
         self._judge()
 
     def _judge(self) -> None:
-        cfg, name = self.cfg, self.cfg.extractor or default_judge(self.data.name)
+        cfg = self.cfg
+        name = cfg.extractor or own_judge(self.first.config | dict(dataset=self.data.name))
         if name != "inception" and cfg.fid_mode != "clean": raise LabError(f"fid_mode={cfg.fid_mode!r}, but {name} has no modes; leave it out, or use extractor='inception'")
         self.judge = as_extractor(name, cfg.fid_mode if name == "inception" else "", self.device)
         self.judge(self.data.test.images[:2])
@@ -794,7 +802,11 @@ def _dataset_split(text: str) -> tuple[str, str] | None:
     if split not in ("train", "test"): raise LabError(f"{text}: expected {name}:train or {name}:test")
     return name, split
 
-def _run_of(text: str) -> Path | None:
+def own_alpha(config: dict) -> float:
+    "The strength that a run looked at its samples with."
+    return config.get("alpha") or 1.
+
+def run_checkpoint(text: str) -> Path | None:
     "The checkpoint that a run or a .pt file means."
     path = next((p for p in (Path(text), runs_folder() / text) if p.exists()), None)
     return None if path is None or not ((path / "config.json").exists() or path.suffix == ".pt") else find_checkpoints(str(path))[-1]
@@ -804,7 +816,7 @@ def judge_for(sources: list[str], extractor: str = "", mode: str = "", device="a
     for text in sources if not extractor else ():
         if found := _dataset_split(text):
             if (extractor := default_judge(found[0])) == "inception": load_dataset(found[0], data_root)  # a misspelt name is not a matter of Inception's weights
-        elif path := _run_of(text): extractor = default_judge(load_checkpoint(path)["config"].get("dataset", ""))
+        elif path := run_checkpoint(text): extractor = own_judge(load_checkpoint(path)["config"])
         elif holds_stats(text): extractor, mode = (s := load_stats(text)).extractor, mode or s.mode
         if extractor: break
     return as_extractor(extractor or "inception", mode, device)
@@ -812,13 +824,14 @@ def judge_for(sources: list[str], extractor: str = "", mode: str = "", device="a
 def stats_of(text: str,            # digits:test, a run, a .pt file, a folder, .zip, .npz or .npy
              judge: Extractor,
              n: int = 0,           # how many images; 0 is all, of a generator 10,000
-             alpha: float = 1.5, seed: int = 42, batch_size: int = 256, data_root: str = "") -> Stats:
+             alpha: float = 0., # guidance of a generator; 0 is its run's own
+         seed: int = 42, batch_size: int = 256, data_root: str = "") -> Stats:
     "What a judge sees in whatever a name means; with features, where there are images."
     if found := _dataset_split(text):
         split = getattr(load_dataset(found[0], data_root, val_fraction=0), found[1])
         stats = reference_stats(split, judge, n, batch_size, seed, keep=True)
         return stats if n else replace(stats, labels=split.labels)
-    if not (path := _run_of(text)): return reference_stats(text, judge, n, batch_size, seed, keep=True)
+    if not (path := run_checkpoint(text)): return reference_stats(text, judge, n, batch_size, seed, keep=True)
     subject = open_subject(path, device=judge.device)
     labels = labels_like(load_dataset(subject.config["dataset"], data_root or subject.config.get("data_root", ""), val_fraction=0).train.labels, n or 10_000, seed) if subject.model.num_classes else None
-    return replace(sample_stats(subject.model, judge, labels, n or 10_000, used_alpha(subject.model, alpha), seed, batch_size).stats, labels=labels)
+    return replace(sample_stats(subject.model, judge, labels, n or 10_000, used_alpha(subject.model, alpha or own_alpha(subject.config)), seed, batch_size).stats, labels=labels)

@@ -565,7 +565,7 @@ def read_weights(name: str,            # a key of WEIGHTS
             raise LabError(f"{path} is damaged or another file: its sha256 is {found[:12]}..., expected {digest[:12]}...; delete it, or put {address} there")
         return content
     target = (Path(own) if own else hub) / name
-    advice = f"put {address} into {Path(given) if given else target.parent} or into a folder that DKD_WEIGHTS names"
+    advice = f"put {address} into {Path(given) if given else target.parent} or into a folder that DKD_WEIGHTS names; without it choose another judge (extractor), such as a run of a classifier"
     if given or not download: raise LabError(f"{name} is not in {', '.join(map(str, places))}; {advice}")
     try:
         with urllib.request.urlopen(address, timeout=30) as answer: content = answer.read()
@@ -659,7 +659,7 @@ def _open(source, scale: str) -> tuple[int, Callable]:
     if isinstance(source, Split): source = source.images
     if isinstance(source, (str, Path)):
         path = Path(source)
-        if not path.exists(): raise LabError(f"{path} does not exist; give a folder or zip of images, or a .npz")
+        if not path.exists(): raise LabError(f"{path} does not exist; give a folder or zip of images, a .npz, a run, or a data set's split such as digits:test")
         if path.is_dir(): files = _Files(sorted(p for p in path.rglob("*") if p.suffix.lower() in EXTENSIONS), lambda p: p.read_bytes(), path)
         elif path.suffix == ".zip":
             try: archive = zipfile.ZipFile(path)

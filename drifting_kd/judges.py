@@ -111,7 +111,8 @@ def study(judge: Extractor, data: Dataset,
           n: int = 0,      # images a distance; 0 is two fifths of the test split, at most 2,000
           draws: int = 3) -> dict:
     "What a judge says of spoilt test images: kind -> steps and distances [draw][step]; the floor; the baselines."
-    n = n or min(2000, 2 * len(data.test) // 5)
+    most_gone = round(max(DAMAGES["dropped"][1]) * data.num_classes)  # with few classes fewer images are left of them
+    n = n or min(2000, 2 * len(data.test) // 5, int(torch.bincount(data.test.labels).sort().values[:data.num_classes - most_gone].sum()))
     if not 2 <= n <= len(data.test): raise LabError(f"{n} images of {len(data.test)} test images; expected 2 to all of them")
     real = Stats.of(judge(data.train.images), judge)
     from_real = lambda features: Stats.of(features, judge).distance(real)

@@ -549,6 +549,7 @@ class Teacher:
     source: str                # as the user wrote it
     parameters: int
     seen: Tensor | None = None # original indices of this data set's images that it was trained on; None: not known, or other data
+    split: str = ""            # how its training images were chosen
     notes: list = field(default_factory=list)
     accuracy: float = math.nan # on the calibration half; `Teachers.calibrate` fills these in
     temperature: float = 1.0
@@ -595,7 +596,7 @@ def _from_checkpoint(file: Path, source: str, data: Dataset, device, dtype: torc
         teacher.notes.append("class names are not known on both sides")
     if task.get("data_sha256") != data.sha256 and c.get("dataset") != data.name: teacher.notes.append(f"trained on {c.get('dataset') or 'other data'}; whether that holds images of {data.name} is not known")
     elif (seen := _split_of(file, checkpoint)) is None: teacher.notes.append("its training images are not known")
-    else: teacher.seen = seen
+    else: teacher.seen, teacher.split = seen, f"val_fraction {c.get('val_fraction')}, split_seed {c.get('split_seed')}"
     if file.stem == "best" and teacher.seen is not None: teacher.notes.append("its epoch was chosen on validation images, so its calibration flatters it")
     return teacher
 
@@ -620,7 +621,7 @@ def load_teacher(source,         # a run folder, run name, checkpoint file, arti
     except Exception as e: raise LabError(f"teacher {teacher.source} cannot classify images of {data.image_size} pixels ({type(e).__name__}: {' '.join(str(e).split())[:120]}); give a classifier") from None
     if found != (2, data.num_classes): raise LabError(f"teacher {teacher.source} has {found[-1]} classes, but {data.name} has {data.num_classes}; give a teacher of the same classes")
     if teacher.seen is not None and (shared := int(torch.isin(data.val.indices, teacher.seen).sum())):
-        raise LabError(f"teacher {teacher.source} was trained on {shared} of the student's {len(data.val)} validation images, so it cannot be calibrated or judged on them; give both the same val_fraction and split_seed")
+        raise LabError(f"teacher {teacher.source} was trained on {shared} of the student's {len(data.val)} validation images, so it cannot be calibrated or judged on them; give both the same split (the teacher has {teacher.split})")
     return teacher
 
 # %% ../nbs/12_kd.ipynb #c089

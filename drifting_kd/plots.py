@@ -89,6 +89,7 @@ def _line(runs: list[list[dict]], key: str, x: str) -> tuple:
 
 def label_ends(ax, ends: list[tuple]) -> None:
     "Write each line's name beside its end, pushed apart where they would overlap."
+    ax.get_xlim(), ax.get_ylim()  # the limits are made when they are asked for; until then the transforms below have others
     gap, heights = min(.09, .93 / len(ends)), []
     places = sorted((ax.transAxes.inverted().transform(ax.transData.transform((x, y)))[1], x, y, name, colour) for name, x, y, colour in ends)
     for place, *_ in places: heights.append(max(place, heights[-1] + gap) if heights else max(place, .03))  # upwards
@@ -121,7 +122,7 @@ def _panel(ax, runs: dict, key: str, x: str) -> None:
         return
     drawn = np.concatenate([line.get_ydata() for line in ax.get_lines()])
     drawn = drawn[np.isfinite(drawn)]
-    if "loss" in key and drawn.min() > 0 and drawn.max() > 30 * drawn.min(): ax.set_yscale("log")
+    if "loss" in key and drawn.min() > 0 and drawn.max() > 30 * drawn.min(): ax.set(yscale="log", ylim=(.6 * drawn.min(), None))  # a band may reach below 0
     label_ends(ax, ends)
     better = _better(key)
     name, _, value, _ = (min if better == "lowest" else max)(ends, key=lambda e: e[2])
@@ -361,10 +362,11 @@ def first_reach(lines: list[dict], # of a metrics.jsonl
     return next((row for row in lines if key in row and sign * _number(row[key]) >= sign * target), None)
 
 def _reach_panel(ax, runs: dict, key: str, target: float, direction: str, x: str, words: str) -> None:
-    ends, medians = [], {}
+    ends, medians, at_once = [], {}, set()
     for i, (name, seeds) in enumerate(runs.items()):
         colour, last = COLOURS[i % len(COLOURS)], []
         hits = [first_reach(rows, key, target, direction) for rows in seeds]
+        if all(hit is next((row for row in rows if key in row), ()) for rows, hit in zip(seeds, hits)): at_once.add(name)
         for rows, hit in zip(seeds, hits):
             points = [(row[x], _number(row[key])) for row in rows if key in row and row.get(x) is not None]
             if not points: continue
@@ -377,9 +379,10 @@ def _reach_panel(ax, runs: dict, key: str, target: float, direction: str, x: str
     ax.set(xlabel=words, ylabel=metric_words(key))
     if ends: label_ends(ax, ends)
     least = min(medians.values(), default=math.nan)
-    first = " and ".join(name for name, m in medians.items() if m == least)
+    winners = [name for name, m in medians.items() if m == least]
+    first, when = " and ".join(winners), ", at the first evaluation" if at_once.issuperset(winners) else ""
     place = ("" if len(runs) == 1 else " are first" if list(medians.values()).count(least) > 1 else " is first") + ("" if len(medians) == len(runs) else " of the groups where every seed gets there")
-    ax.set_title("\n".join(textwrap.wrap(f"{words} not recorded" if not ends else f"{first}{place}: {least:,.4g} {words} (median)" if medians else "no group reaches it in every seed", 56)))
+    ax.set_title("\n".join(textwrap.wrap(f"{words} not recorded" if not ends else f"{first}{place}: {least:,.4g} {words} (median){when}" if medians else "no group reaches it in every seed", 56)))
 
 @styled
 def time_to_target(runs: dict,          # name -> list of runs' lines (core.read_metrics), one a seed

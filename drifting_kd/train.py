@@ -14,7 +14,7 @@ from fastcore.basics import patch
 from torch import nn
 from .core import (Config, LabError, Run, atomic_write, choose_device, import_torchvision, mix, need, param, plain, read_json, seed_everything, unknown, write_json)
 from .data import Batches, Dataset, Split, load_dataset, normalize, save_splits, splits_hash
-from .models import create_model, layer_names, list_models, load_checkpoint, output_sizes, parameter_layers
+from .models import create_model, layer_names, list_models, load_checkpoint, model_name, output_sizes, parameter_layers
 from .track import start_tracker
 
 # %% auto #0
@@ -590,7 +590,9 @@ def restore(self: Loop) -> None:
     elif self.count: self.squares = math.nan  # layer_norms was off: the window has begun without it
     self.step, self.best, self.since_best, self.seconds, self.last_metrics = c["step"], loop["best"], loop["since_best"], loop["seconds"], c["metrics"]
     self.run.truncate(self.step)
-    if self.rank == 0: self.publish()
+    if self.rank == 0:
+        print(f"continuing {self.run.name} after step {self.step:,} of {self.total:,}")
+        self.publish()
 
 # %% ../nbs/07_train.ipynb #c050
 @patch
@@ -651,7 +653,7 @@ def finish(self: Loop) -> dict:
     summary = {k: v for k, v in self.last_metrics.items() if k.startswith("train/")} | {k: v for k, v in chosen.items() if k.startswith(looked)} | at_best
     summary |= {k.replace("/", "/last_", 1): v for k, v in (self.last_metrics | last).items() if k in last or k.startswith(looked)}
     if self.best: summary |= {f"{self.task.monitor[0].replace('/', '/best_', 1)}": self.best["value"], "best_step": self.best["step"], "best_epoch": self.best["step"] / self.steps_per_epoch}
-    summary |= dict(steps=self.step, epochs=self.step / self.steps_per_epoch, train_seconds=self.elapsed()[0], train_cpu_seconds=self.elapsed()[1], setup_seconds=self.setup[0], setup_cpu_seconds=self.setup[1], stopped_early=self.step < self.total, processes=self.world, model_name=getattr(cfg, "model", ""),
+    summary |= dict(steps=self.step, epochs=self.step / self.steps_per_epoch, train_seconds=self.elapsed()[0], train_cpu_seconds=self.elapsed()[1], setup_seconds=self.setup[0], setup_cpu_seconds=self.setup[1], stopped_early=self.step < self.total, processes=self.world, model_name=model_name(self.model),
                     parameters=sum(p.numel() for p in self.model.parameters()), checkpoint_path=f"checkpoints/{'best' if self.best else 'last'}.pt")
     summary |= self.task.summary()
     content = self.checkpoint()
