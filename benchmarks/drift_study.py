@@ -13,7 +13,7 @@ from drifting_kd.core import LabError, read_json, runs_folder, write_json
 from drifting_kd.evaluate import distance_of, read_rows
 from drifting_kd.plots import interval_dots, overlapping, save_figure, t_interval
 
-MEASURES = ("to_test", "to_train", "prompt_accuracy", "variance_ratio", "nearest_ratio")
+MEASURES = ("to_test", "to_train", "prompt_accuracy", "variance_ratio", "variance_to_test", "nearest_ratio")  # variance within classes over that of training images, and over that of test images
 SAME = ("dataset", "num_samples", "extractor", "judge_sha256", "dataset_split", "reference_sha256")
 
 def final_row(run: Path) -> dict:
@@ -21,7 +21,8 @@ def final_row(run: Path) -> dict:
     cfg = read_json(run / "config.json")
     rows = [r for r in read_rows(run / "eval" / "fid_metrics.csv") if r["checkpoint"] == "final_model.pt" and float(r["alpha"]) == (cfg["alpha"] if cfg["alpha_max"] > 1 else 1.)]
     if len(rows) != 1: raise LabError(f"{run.name}: {len(rows)} evaluations of final_model.pt at alpha {cfg['alpha']:g}; expected one")
-    return rows[0] | {"seconds": read_json(run / "metrics.json")["train_cpu_seconds"], "hardware": read_json(run / "environment.json")}
+    told = read_json(run / "metrics.json")
+    return rows[0] | {"seconds": told["train_cpu_seconds"], "variance_to_test": told["test/last_variance_ratio"], "hardware": read_json(run / "environment.json")}
 
 def main(pattern: str, out: str, figure: str) -> None:
     runs = sorted(p for p in runs_folder().glob(pattern) if (p / "metrics.json").exists())
