@@ -800,8 +800,8 @@ def plot_confidences(kinds: dict,     # kind -> [B] confidences on training imag
     means = {kind: draw(c, kind, color=COLOURS[(i + 1) % len(COLOURS)]) for i, (kind, c) in enumerate(kinds.items())}
     off = {kind: abs(mean - target) for kind, mean in means.items()}
     near = [kind for kind in off if off[kind] <= min(off.values()) + .005]
-    told = f"'{near[0]}' is nearest to unseen ones ({means[near[0]]:.2f}, {target:.2f})" if len(near) == 1 else f"{', '.join(near)} are about as near to unseen ones ({target:.2f})"
-    ax.set(xlabel="confidence in the right class", ylabel="share of images at or below", xlim=(0, 1), ylim=(0, 1), title=title or f"Of the confidences on training images, {told}")
+    told = f"{' or '.join(near)} ({', '.join(f'{means[kind]:.2f}' for kind in near)})"
+    ax.set(xlabel="confidence in the right class", ylabel="share of images at or below", xlim=(0, 1), ylim=(0, 1), title=title or f"On training images the mean is nearest to that of unseen ones ({target:.2f}) for {told}")
     ax.legend(loc="upper left")
     return fig
 
