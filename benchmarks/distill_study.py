@@ -13,7 +13,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from drifting_kd.core import LabError, read_json, runs_folder, write_json
 from drifting_kd.plots import COLOURS, Figure, Picture, save_figure, styled, t_interval
 
-PAIRS = [("hinton_drift", "hinton"), ("dynamic", "hinton"), ("confidence", "hinton"), ("ca_weighted", "hinton"), ("dkd+ca", "dkd"), ("dkd+ls+ca", "dkd+ca")]
+PAIRS = [("hinton+ca", "hinton"), ("ca_weighted", "ca_weighted+uniform"), ("dkd+ca", "dkd"), ("hinton+confidence", "hinton"), ("dkd+ls+ca", "dkd+ca"), ("hinton_drift", "hinton"),  # differ in one thing
+         ("ca_weighted+uniform", "hinton"), ("dynamic", "hinton"), ("confidence", "hinton")]                                                                                              # in more
 
 def name_of(group: str) -> str:
     "`hinton, drift` as `hinton + drift term`; a group without a term is its method."
@@ -32,7 +33,7 @@ def percent(row: dict) -> str: return f"{100 * row['mean']:.1f} [{100 * row['low
 @styled
 def dots(studies: dict) -> Figure:
     "A panel a data set: mean and 95 % interval of the last epoch's test accuracy, best method first."
-    fig = Picture(figsize=(10, 3.6), layout="constrained")
+    fig = Picture(figsize=(10, max(3.6, .36 * max(map(len, studies.values())))), layout="constrained")
     for ax, (data, rows) in zip(fig.subplots(1, len(studies), squeeze=False)[0], studies.items()):
         ranked = sorted(rows, key=lambda m: rows[m]["test/last_accuracy"]["mean"])
         for i, method in enumerate(ranked):
@@ -50,7 +51,7 @@ def beside(data: str) -> dict:
         points = [100 * (x - y) for x, y in zip(*(seeds(f"distill_{data}-{m}-s?", "test/last_accuracy") for m in (a, b)), strict=True)]
         mean, half = map(float, t_interval(points))
         return dict(seeds=points, mean=mean, low=mean - half, high=mean + half)
-    return dict(teachers=seeds(f"teacher-{data}-*", "test/last_accuracy"), gate_saturated={m: seeds(f"distill_{data}-{m}-s?", "train/gate_saturated") for m in ("dynamic", "confidence")}, paired={f"{a} minus {b}": paired(a, b) for a, b in PAIRS})
+    return dict(teachers=seeds(f"teacher-{data}-*", "test/last_accuracy"), gate_saturated={m: seeds(f"distill_{data}-{m}-s?", "train/gate_saturated") for m in ("hinton+confidence", "dynamic", "confidence")}, paired={f"{a} minus {b}": paired(a, b) for a, b in PAIRS})
 
 def main(reports: list[Path], figure: str, beside_file: str) -> None:
     studies = dict(map(read, reports))
