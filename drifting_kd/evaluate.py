@@ -30,7 +30,7 @@ __all__ = ['MEASURES', 'KEPT', 'LPIPS_TRUNKS', 'CLIP_MEAN', 'CLIP_STD', 'PRDC_IM
            'baselines', 'sample_diversity', 'lpips_network', 'lpips_diversity', 'load_clip', 'clip_score',
            'class_captions', 'scores', 'read_rows', 'same_settings', 'find_row', 'write_row', 'distance_of', 'best_row',
            'distance_vs_step', 'score_table', 'neighbours_grid', 'pass_for_real', 'baseline_dots', 'guidance_curves',
-           'Evaluation', 'own_judge', 'Evaluator', 'preview', 'evaluate', 'own_alpha', 'run_checkpoint', 'judge_for',
+           'own_judge', 'Evaluation', 'Evaluator', 'preview', 'evaluate', 'own_alpha', 'run_checkpoint', 'judge_for',
            'stats_of']
 
 # %% ../nbs/14_evaluate.ipynb #c005
@@ -601,6 +601,12 @@ def guidance_curves(rows: list[dict]) -> Figure: # of one checkpoint at several 
     return fig
 
 # %% ../nbs/14_evaluate.ipynb #c050
+def own_judge(config: dict) -> str:
+    "The judge that a run was looked at with, else its data set's."
+    named = config.get("judge", "")
+    return named if named not in ("", "none") else default_judge(config.get("dataset", ""))
+
+# %% ../nbs/14_evaluate.ipynb #c051
 @dataclass
 class Evaluation:
     "What `evaluate` found."
@@ -611,11 +617,6 @@ class Evaluation:
 
     @property
     def best(self) -> dict | None: return best_row(self.rows)
-
-def own_judge(config: dict) -> str:
-    "The judge that a run was looked at with, else its data set's."
-    named = config.get("judge", "")
-    return named if named not in ("", "none") else default_judge(config.get("dataset", ""))
 
 class Evaluator:
     "A configuration, checked and loaded; `evaluate` does the work."
@@ -666,7 +667,7 @@ class Evaluator:
         context = {k: subject.metrics.get(f"train/{k}", subject.metrics.get(k)) for k in CONTEXT}
         return dict(checkpoint=subject.name, checkpoint_name=subject.path.stem, epoch=subject.epoch, step=subject.step, batch_size=self.cfg.batch_size, model_sha256=subject.sha256) | self.settings(subject) | context
 
-# %% ../nbs/14_evaluate.ipynb #c051
+# %% ../nbs/14_evaluate.ipynb #c052
 def _claim(folder: Path, base: str, settings: dict) -> Path:
     "The folder of a checkpoint under these settings: `base`, or with a suffix where that belongs to other settings."
     digest = hashlib.sha256(repr(sorted((k, _cell(v)) for k, v in settings.items())).encode()).hexdigest()
@@ -714,7 +715,7 @@ class _Told:
         if best: self.tracker.summary({"eval/best_checkpoint": best["checkpoint"], "eval/best_step": _float(best, "step"), f"eval/best_{slug(distance_of(best)[0])}": distance_of(best)[1]} | {k: best[k] for k in SETTINGS})
         self.tracker.finish()
 
-# %% ../nbs/14_evaluate.ipynb #c052
+# %% ../nbs/14_evaluate.ipynb #c053
 def _one(e: Evaluator, subject: Subject, row: dict, words: list, artifact: Path, told: _Told) -> dict:
     "Sample, score and write down one checkpoint."
     cfg, began = e.cfg, time.perf_counter()
@@ -759,7 +760,7 @@ def _plan(e: Evaluator, subject: Subject, row: dict) -> tuple:
     if handle and e.cfg.save_images and not (artifact / ".state").exists(): shutil.rmtree(artifact / "generated", ignore_errors=True)  # before any process writes there
     return ("" if handle else "another process is at it"), words, artifact, handle
 
-# %% ../nbs/14_evaluate.ipynb #c053
+# %% ../nbs/14_evaluate.ipynb #c054
 def evaluate(cfg: EvaluateConfig) -> Evaluation:
     "Score checkpoints; what is in the table already is left out, what was killed continues, and the caller's random state and threads stay as they were."
     threads = torch.get_num_threads()
@@ -795,7 +796,7 @@ def _evaluate(cfg: EvaluateConfig) -> Evaluation:
         if told.tracker: told.tracker.finish()
     return result
 
-# %% ../nbs/14_evaluate.ipynb #c063
+# %% ../nbs/14_evaluate.ipynb #c064
 def _dataset_split(text: str) -> tuple[str, str] | None:
     name, colon, split = text.partition(":")
     if Path(text).exists() or not colon or "/" in text: return None

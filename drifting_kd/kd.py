@@ -1092,6 +1092,7 @@ def _last_stage(model: nn.Module, whose: str) -> list[str]:
     if not isinstance(stages, list): raise LabError(f"{whose} has no stages to choose the last of; name feature_layers")
     return stages[-1:]
 
+# %% ../nbs/12_kd.ipynb #c142
 class Distill(Classify):
     "Learning from labels and teachers."
     def __init__(self, model: nn.Module, data: Dataset, cfg: DistillConfig):
@@ -1148,7 +1149,7 @@ class Distill(Classify):
     def hashes(self) -> list[str]: return [t.net.sha256 for t in self.teachers] if self.teachers else []
     def part(self, split: str) -> Split: return self.selection if split == "val" else super().part(split)
 
-# %% ../nbs/12_kd.ipynb #c143
+# %% ../nbs/12_kd.ipynb #c144
 @patch
 def ask(self: Distill, batch: Batch) -> tuple[Tensor, list]: # [K, B, C], and for each teacher its features by layer
     "What the teachers say of a batch."
@@ -1192,7 +1193,7 @@ def make_regressors(self: Distill) -> None:
                 self.regressors[f"{k}_{i}"] = FitNet(*widths)
     self.regressors.to(self.device)
 
-# %% ../nbs/12_kd.ipynb #c144
+# %% ../nbs/12_kd.ipynb #c145
 @torch.no_grad()
 def ensemble(teachers: Teachers, batches) -> Tensor: # [N]
     "The class of the teachers' mean probability."
@@ -1224,7 +1225,7 @@ def hyperparameters(self: Distill) -> dict: return self.taught_by()
 @patch
 def facts(self: Distill) -> dict: return Classify.facts(self) | self.taught_by()
 
-# %% ../nbs/12_kd.ipynb #c154
+# %% ../nbs/12_kd.ipynb #c155
 @patch
 @torch.no_grad()
 def gates(self: Distill, epoch: int) -> tuple[Tensor, Tensor]: # [N], [K, N]
@@ -1260,7 +1261,7 @@ def plot_gates(seen: dict,        # epoch -> (gate [N], weights [K, N]), as Dist
     fig.suptitle(title or f"The gate is {g.mean():.2f} on average; weights differ by {w.std(0).mean() if len(w) > 1 else 0:.2f} (standard deviation) within a sample", fontsize=10)
     return fig
 
-# %% ../nbs/12_kd.ipynb #c158
+# %% ../nbs/12_kd.ipynb #c159
 def student_file(source) -> Path:
     "The checkpoint that a run, a folder, a file or an artifact means; a run means the weights after its last step."
     if Path(source).exists() or (runs_folder() / source).exists(): return checkpoint_file(source)

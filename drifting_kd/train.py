@@ -213,7 +213,7 @@ class Task:
         return [np.concatenate(parts) for parts in zip(*gather_object([tuple(arrays)]))]
 
 # %% ../nbs/07_train.ipynb #c026
-RECENT = 50  # steps
+RECENT = 50  # steps whose answers are kept
 
 class Classify(Task):
     "Supervised classification."
@@ -234,28 +234,6 @@ class Classify(Task):
         logits = self.net(x)
         loss = F.cross_entropy(logits, batch.y, label_smoothing=self.cfg.label_smoothing)
         return loss, self.answered(logits, batch.y)
-
-    def answered(self, logits: torch.Tensor, labels: torch.Tensor) -> dict:
-        "Keep what the network says of a training batch, and say how much of it is right."
-        logits = logits.detach().to(torch.float32, copy=True)  # a CUDA graph writes over its own output
-        self.answers.append((logits, labels))
-        return {"train/accuracy": (logits.argmax(1) == labels).float().mean()}
-
-    def recent(self) -> dict:
-        if not self.answers: return {}
-        found = classification_metrics(*self.gather(*(torch.cat(part) for part in zip(*self.answers))))
-        return {f"train/{k}": found[k] for k in ("accuracy_percent", "macro_f1", "auroc", "ece")}
-
-    def state(self) -> dict:
-        if not self.answers: return {}
-        logits, labels = self.gather(*(torch.cat(part) for part in zip(*self.answers)))
-        return dict(answers=(torch.from_numpy(logits), torch.from_numpy(labels), len(self.answers)))
-
-    def load_state(self, state: dict) -> None:
-        if "answers" not in state: return
-        *kept, batches = state["answers"]  # rank by rank, then batch by batch
-        own = (part.chunk(self.world)[self.rank].to(self.device).chunk(batches) for part in kept)
-        self.answers.extend(zip(*own))
 
     def part(self, split: str) -> Split: return getattr(self.data, split)
 
@@ -278,6 +256,33 @@ class Classify(Task):
         return dict(mean=list(self.data.mean), std=list(self.data.std), classes=list(self.data.classes), image_size=self.data.image_size, data_sha256=self.data.sha256)
 
 # %% ../nbs/07_train.ipynb #c028
+@patch
+def answered(self: Classify, logits: torch.Tensor, labels: torch.Tensor) -> dict:
+    "Keep what the network says of a training batch, and say how much of it is right."
+    logits = logits.detach().to(torch.float32, copy=True)  # a CUDA graph writes over its own output
+    self.answers.append((logits, labels))
+    return {"train/accuracy": (logits.argmax(1) == labels).float().mean()}
+
+@patch
+def recent(self: Classify) -> dict:
+    if not self.answers: return {}
+    found = classification_metrics(*self.gather(*(torch.cat(part) for part in zip(*self.answers))))
+    return {f"train/{k}": found[k] for k in ("accuracy_percent", "macro_f1", "auroc", "ece")}
+
+@patch
+def state(self: Classify) -> dict:
+    if not self.answers: return {}
+    logits, labels = self.gather(*(torch.cat(part) for part in zip(*self.answers)))
+    return dict(answers=(torch.from_numpy(logits), torch.from_numpy(labels), len(self.answers)))
+
+@patch
+def load_state(self: Classify, state: dict) -> None:
+    if "answers" not in state: return
+    *kept, batches = state["answers"]  # rank by rank, then batch by batch
+    own = (part.chunk(self.world)[self.rank].to(self.device).chunk(batches) for part in kept)
+    self.answers.extend(zip(*own))
+
+# %% ../nbs/07_train.ipynb #c030
 class EMA:
     "A running average of the weights, as a model of its own."
     def __init__(self, model: nn.Module, decay: float):
@@ -289,7 +294,7 @@ class EMA:
         torch._foreach_lerp_(list(self.model.parameters()), list(model.parameters()), 1 - decay)
         if buffers := list(self.model.buffers()): torch._foreach_copy_(buffers, list(model.buffers()))
 
-# %% ../nbs/07_train.ipynb #c031
+# %% ../nbs/07_train.ipynb #c033
 @contextlib.contextmanager
 def undisturbed(model: nn.Module):
     "Evaluate inside: mode and random states are restored afterwards."
@@ -304,7 +309,7 @@ def undisturbed(model: nn.Module):
         random.setstate(states[0]), np.random.set_state(states[1])
         for module, mode in modes: module.training = mode
 
-# %% ../nbs/07_train.ipynb #c034
+# %% ../nbs/07_train.ipynb #c036
 class _AllSum(torch.autograd.Function):
     "The sum over all processes, with its gradient."
     @staticmethod
@@ -340,7 +345,7 @@ def globalize_batchnorm(model: nn.Module, device) -> nn.Module:
             if kind is nn.SyncBatchNorm: module.process_group = None
     return model
 
-# %% ../nbs/07_train.ipynb #c036
+# %% ../nbs/07_train.ipynb #c038
 def random_state() -> dict:
     "The global generators as plain values; the library's own draws don't need them, other people's code may."
     import random
@@ -357,7 +362,7 @@ def set_random_state(state: dict) -> None:
     torch.set_rng_state(state["torch"].cpu())
     if state["cuda"] and len(state["cuda"]) == torch.cuda.device_count(): torch.cuda.set_rng_state_all([s.cpu() for s in state["cuda"]])
 
-# %% ../nbs/07_train.ipynb #c038
+# %% ../nbs/07_train.ipynb #c040
 def save_checkpoint(path: Path, content: dict) -> None:
     "Write a checkpoint atomically."
     with atomic_write(path) as f:
@@ -373,7 +378,7 @@ def _link(source: Path, target: Path) -> None:
     except OSError: shutil.copyfile(source, part)
     os.replace(part, target)
 
-# %% ../nbs/07_train.ipynb #c040
+# %% ../nbs/07_train.ipynb #c042
 class NotFinite(LabError): "The loss or its gradient became NaN or infinite."
 
 class Loop:
@@ -410,7 +415,7 @@ class Loop:
         self.sums, self.count, self.bad = {}, 0, torch.full((), -1, dtype=torch.int64, device=self.device)
         self.window = dict(start=time.perf_counter(), data=0.0, steps=0, images=0)
 
-# %% ../nbs/07_train.ipynb #c042
+# %% ../nbs/07_train.ipynb #c044
 @patch
 def autocast(self: Loop): return torch.autocast(self.device.type, self.dtype) if self.dtype else contextlib.nullcontext()
 
@@ -457,7 +462,7 @@ def train_step(self: Loop, group: list) -> None:
     self.task.after_step(step)
     self.step, self.count = step + 1, self.count + 1
 
-# %% ../nbs/07_train.ipynb #c044
+# %% ../nbs/07_train.ipynb #c046
 @patch
 def check_finite(self: Loop) -> None:
     bad = self._reduce(self.bad, "max").item()
@@ -514,7 +519,7 @@ def log(self: Loop) -> None:
         shown = self.task.shown
         self.bar.set_postfix_str(f"loss {line['train/loss']:.4f}" + (f", {shown.split('/')[-1]} {line[shown]:.4f}" if shown in line else ""), refresh=False)
 
-# %% ../nbs/07_train.ipynb #c046
+# %% ../nbs/07_train.ipynb #c048
 @patch(as_prop=True)
 def inference_model(self: Loop) -> nn.Module: return self.ema.model if self.ema else self.model
 
@@ -542,7 +547,7 @@ def evaluate(self: Loop) -> bool:
     self.since_best = 0 if gain > 0 else self.since_best + 1
     return bool(self.cfg.patience) and self.since_best >= self.cfg.patience
 
-# %% ../nbs/07_train.ipynb #c048
+# %% ../nbs/07_train.ipynb #c050
 @patch
 def elapsed(self: Loop) -> tuple[float, float]:
     "Wall and CPU seconds of this process, over all its continuations."
@@ -594,7 +599,7 @@ def restore(self: Loop) -> None:
         print(f"continuing {self.run.name} after step {self.step:,} of {self.total:,}")
         self.publish()
 
-# %% ../nbs/07_train.ipynb #c050
+# %% ../nbs/07_train.ipynb #c052
 @patch
 def _boundary(self: Loop, began: float) -> bool:
     cfg, step, final = self.cfg, self.step, self.step == self.total
@@ -636,7 +641,7 @@ def train(self: Loop) -> None:
         batches = itertools.islice(iter(self.task.batches(epoch)), done * self.cfg.accumulation, None)
         stop = self.train_epoch(batches)
 
-# %% ../nbs/07_train.ipynb #c052
+# %% ../nbs/07_train.ipynb #c054
 @patch
 def finish(self: Loop) -> dict:
     "Test once, at the best-validation weights and at the last; write the inference weights and the summary."
@@ -667,7 +672,7 @@ def finish(self: Loop) -> dict:
     run.finish(summary)
     return summary
 
-# %% ../nbs/07_train.ipynb #c054
+# %% ../nbs/07_train.ipynb #c056
 @patch
 def record_splits(self: Loop) -> None:
     "Write splits.npz; a resumed run must have the very images it began with."
@@ -702,7 +707,7 @@ def go(self: Loop) -> dict:
         if self.tracker: self.tracker.finish()
         self.task.net = self.model
 
-# %% ../nbs/07_train.ipynb #c055
+# %% ../nbs/07_train.ipynb #c057
 def _accelerator(cfg: FitConfig):
     "Accelerate, when this is one of several processes."
     if int(os.environ.get("WORLD_SIZE", "1")) == 1: return None
@@ -719,7 +724,7 @@ def _bar(total: int, done: int):
 def _divides(cfg: FitConfig, processes: int) -> None:
     if cfg.batch_size % processes: raise LabError(f"batch_size={cfg.batch_size} does not divide among {processes} processes; use a multiple of it")
 
-# %% ../nbs/07_train.ipynb #c056
+# %% ../nbs/07_train.ipynb #c058
 def fit(task: Task,       # what to train
         cfg: FitConfig, # how
         run: Run,         # where it is written
@@ -770,7 +775,7 @@ def open_run(cfg: FitConfig, kind: str = "train") -> Run:
     if given[0] is None: raise LabError(given[1])
     return run if accelerator.is_main_process else Run.join(cfg, kind, given[0], given[1])
 
-# %% ../nbs/07_train.ipynb #c057
+# %% ../nbs/07_train.ipynb #c059
 _THREADS = torch.get_num_threads()  # torch's own choice, before anybody changed it
 
 def use_threads(threads: int, image_size: int) -> None:
