@@ -1,7 +1,7 @@
 """One table and one figure of the distillation matrices, from their reports: accuracy of the best-validation and the last epoch, cost.
 
     dkd sweep nbs/configs/sweeps/distill_cifar10_jpeg.yaml --workers 2     (and distill_shapes100)
-    dkd run report -p pattern 'distill_cifar10_jpeg-*' -p by method,feature -p name distill_cifar10_jpeg -p keys test/accuracy,test/last_accuracy,test/auroc,test/ece,train_cpu_seconds
+    dkd run report -p pattern 'distill_cifar10_jpeg-*' -p by method,feature -p reference none -p name distill_cifar10_jpeg -p keys test/accuracy,test/last_accuracy,test/auroc,test/ece,train_cpu_seconds
     python benchmarks/distill_study.py figures/distill_cifar10_jpeg.json figures/distill_shapes100.json [--figure figures/distill.png]
 
 Where the runs still are, `--beside benchmarks/results/distill_beside.json` writes what the reports do not hold: the teachers, the gates, and paired differences between methods.
