@@ -76,7 +76,7 @@ def test_command_line_distances(root):
     assert made.returncode == 0 and "digits:test" in made.stdout and (root / "ref.npz").exists(), made.stderr
     assert missing.returncode == 1 and "nothing does not exist" in missing.stderr and missing.stderr.count("\n") == 1, missing.stderr
     run = dkd(root, "fid", "ref.npz", "toy", "--n", 400)
-    assert run.returncode == 0 and run.stdout.startswith("digits-FD ") and "real against real" in run.stdout and "n=400 against 359" in run.stdout, run.stderr
+    assert run.returncode == 0 and run.stdout.startswith("toy: step_") and ", alpha 1\ndigits-FD " in run.stdout and "real against real" in run.stdout and "n=400 against 359" in run.stdout, run.stderr
 
 @pytest.mark.slow
 def test_a_tracker_run_of_its_own(root):
