@@ -414,7 +414,7 @@ def scores(s: Sampled, ref: Reference, cfg: EvaluateConfig, words: list = (), re
     if s.labels is not None:
         if judge.head is not None: found["prompt_accuracy"] = notes.attempt(lambda: prompt_accuracy(judge, features, s.labels))
         found["variance_ratio"] = notes.attempt(lambda: variance_ratio(ref.train.features, ref.data.train.labels, features, s.labels)[0])
-        found["variance_of_test"] = notes.attempt(lambda: keep(f"variance {key}", lambda: variance_ratio(ref.train.features, ref.data.train.labels, ref.test.features, ref.data.test.labels)[0]))
+        found["variance_of_test"] = notes.attempt(lambda: ref.remember("variance_of_test", lambda: variance_ratio(ref.train.features, ref.data.train.labels, ref.test.features, ref.data.test.labels)[0]))
     return found, score, [*score.warnings, *notes]
 
 # %% ../nbs/14_evaluate.ipynb #c033
@@ -606,7 +606,7 @@ def own_judge(config: dict) -> str:
     named = config.get("judge", "")
     return named if named not in ("", "none") else default_judge(config.get("dataset", ""))
 
-# %% ../nbs/14_evaluate.ipynb #c051
+# %% ../nbs/14_evaluate.ipynb #c052
 @dataclass
 class Evaluation:
     "What `evaluate` found."
@@ -667,7 +667,7 @@ class Evaluator:
         context = {k: subject.metrics.get(f"train/{k}", subject.metrics.get(k)) for k in CONTEXT}
         return dict(checkpoint=subject.name, checkpoint_name=subject.path.stem, epoch=subject.epoch, step=subject.step, batch_size=self.cfg.batch_size, model_sha256=subject.sha256) | self.settings(subject) | context
 
-# %% ../nbs/14_evaluate.ipynb #c052
+# %% ../nbs/14_evaluate.ipynb #c053
 def _claim(folder: Path, base: str, settings: dict) -> Path:
     "The folder of a checkpoint under these settings: `base`, or with a suffix where that belongs to other settings."
     digest = hashlib.sha256(repr(sorted((k, _cell(v)) for k, v in settings.items())).encode()).hexdigest()
@@ -715,7 +715,7 @@ class _Told:
         if best: self.tracker.summary({"eval/best_checkpoint": best["checkpoint"], "eval/best_step": _float(best, "step"), f"eval/best_{slug(distance_of(best)[0])}": distance_of(best)[1]} | {k: best[k] for k in SETTINGS})
         self.tracker.finish()
 
-# %% ../nbs/14_evaluate.ipynb #c053
+# %% ../nbs/14_evaluate.ipynb #c054
 def _one(e: Evaluator, subject: Subject, row: dict, words: list, artifact: Path, told: _Told) -> dict:
     "Sample, score and write down one checkpoint."
     cfg, began = e.cfg, time.perf_counter()
@@ -760,7 +760,7 @@ def _plan(e: Evaluator, subject: Subject, row: dict) -> tuple:
     if handle and e.cfg.save_images and not (artifact / ".state").exists(): shutil.rmtree(artifact / "generated", ignore_errors=True)  # before any process writes there
     return ("" if handle else "another process is at it"), words, artifact, handle
 
-# %% ../nbs/14_evaluate.ipynb #c054
+# %% ../nbs/14_evaluate.ipynb #c055
 def evaluate(cfg: EvaluateConfig) -> Evaluation:
     "Score checkpoints; what is in the table already is left out, what was killed continues, and the caller's random state and threads stay as they were."
     threads = torch.get_num_threads()
@@ -796,7 +796,7 @@ def _evaluate(cfg: EvaluateConfig) -> Evaluation:
         if told.tracker: told.tracker.finish()
     return result
 
-# %% ../nbs/14_evaluate.ipynb #c064
+# %% ../nbs/14_evaluate.ipynb #c065
 def _dataset_split(text: str) -> tuple[str, str] | None:
     name, colon, split = text.partition(":")
     if Path(text).exists() or not colon or "/" in text: return None
