@@ -22,9 +22,10 @@ from .plots import COLOURS, Picture, as_array, styled, class_grid, save_figure
 from .train import Classify, FitConfig, Task, TrainConfig, classifier, fit, prepare
 
 # %% auto #0
-__all__ = ['BLOCK', 'WINDOWS', 'OWN_ENCODERS', 'compute_V', 'feature_scale', 'guidance_weight', 'drift_loss', 'compiled_V',
-           'toy_field', 'multi_scale', 'Encoder', 'load_encoder', 'MaeConfig', 'Reconstruct', 'own_encoder', 'Reals',
-           'draw_alpha', 'DriftConfig', 'Draw', 'Draws', 'Drift', 'in_training_judge', 'drifter']
+__all__ = ['BLOCK', 'WINDOWS', 'OWN_ENCODERS', 'ROOM', 'compute_V', 'feature_scale', 'guidance_weight', 'drift_loss',
+           'compiled_V', 'toy_field', 'multi_scale', 'Encoder', 'load_encoder', 'MaeConfig', 'Reconstruct',
+           'own_encoder', 'Reals', 'draw_alpha', 'DriftConfig', 'Draw', 'Draws', 'Drift', 'in_training_judge',
+           'drifter']
 
 # %% ../nbs/11_drift.ipynb #c007
 class _Sets(NamedTuple):
@@ -36,19 +37,24 @@ class _Sets(NamedTuple):
     first_u: int      # column of the first unconditional sample
     first_p: int      # and of the first positive
     weight: Tensor    # [B, 1, 1, 1] of the unconditional samples
-    masked: bool      # row i of x is row i of y, and does not see itself
+    same: bool        # row i of x is row i of y: its distance to itself is 0, whatever rounding says
+    masked: bool      # and it does not see itself
 
 def _check(x: Tensor, given: dict, temps, weight, self_mask: bool, sinkhorn_iters: int, chunk: int) -> None:
     for name, t in {"x": x, **given}.items():
         if not isinstance(t, Tensor) or not t.is_floating_point() or t.dim() < 2: raise LabError(f"{name}: expected a floating-point tensor [..., samples, features], got {getattr(t, 'dtype', type(t).__name__)} of shape {tuple(getattr(t, 'shape', ()))}")
         if t.shape[:-2] != x.shape[:-2] or t.shape[-1] != x.shape[-1] or t.device != x.device: raise LabError(f"{name} {list(t.shape)} on {t.device} does not fit x {list(x.shape)} on {x.device}: only the number of samples (last but one) may differ")
         if not t.numel(): raise LabError(f"{name} {list(t.shape)} is empty; expected at least one sample")
-    if not isinstance(temps, (tuple, list)) or not temps or not all(isinstance(t, (int, float)) and 0 < t < math.inf for t in temps): raise LabError(f"temps={temps!r}: expected one or more temperatures above 0, such as (.02, .05, .2)")
+    _check_temps(temps)
     for name, value, low in (("sinkhorn_iters", sinkhorn_iters, 1), ("chunk", chunk, 0)):
         if not isinstance(value, int) or isinstance(value, bool) or value < low: raise LabError(f"{name}={value!r}: expected a whole number of at least {low}")
     if ("y_neg" not in given or self_mask) and x.shape[-2] == 1: raise LabError("x has one sample and the self mask leaves it nothing to be compared with; give at least 2, or y_neg without self_mask")
     if self_mask and "y_neg" in given and given["y_neg"].shape[-2] < x.shape[-2]: raise LabError(f"self_mask says that y_neg's first rows are x's {x.shape[-2]}, but y_neg has {given['y_neg'].shape[-2]}")
     _check_weight(x, weight, "y_uncond" in given)
+
+def _check_temps(temps) -> None:
+    if not isinstance(temps, (tuple, list)) or not temps or not all(isinstance(t, (int, float)) and 0 < t < math.inf for t in temps) or len(set(temps)) < len(temps):
+        raise LabError(f"temps={temps!r}: expected one or more temperatures above 0, each once, such as (.02, .05, .2)")
 
 def _check_weight(x: Tensor, weight, used: bool) -> None:
     if isinstance(weight, Tensor):
@@ -61,7 +67,7 @@ def _check_weight(x: Tensor, weight, used: bool) -> None:
     if not used and (isinstance(weight, Tensor) or weight != 1): raise LabError(f"uncond_weight={weight!r} without y_uncond has no effect; give the unconditional samples too")
 
 # %% ../nbs/11_drift.ipynb #c008
-def _sets(x: Tensor, y_pos: Tensor, y_neg: Tensor | None, y_uncond: Tensor | None, weight, self_mask: bool, temps=(1.,), sinkhorn_iters: int = 1, chunk: int = 0) -> _Sets:
+def _sets(x: Tensor, y_pos: Tensor, y_neg: Tensor | None, y_uncond: Tensor | None, weight, self_mask: bool, temps=(1.,), sinkhorn_iters: int = 1, chunk: int = 0, look: bool = True) -> _Sets:
     "Check the input and bring it into one form: fp32 (float64 stays), flat groups, centred."
     given = {name: t for name, t in (("y_neg", y_neg), ("y_uncond", y_uncond), ("y_pos", y_pos)) if t is not None or name == "y_pos"}
     _check(x, given, temps, weight, self_mask, sinkhorn_iters, chunk)
@@ -74,18 +80,21 @@ def _sets(x: Tensor, y_pos: Tensor, y_neg: Tensor | None, y_uncond: Tensor | Non
     moved = y[:, :x.shape[-2]] if negatives is x else moved - centre
     yy = torch.linalg.vector_norm(y, dim=-1).square_()
     xx = yy[:, :x.shape[-2]] if negatives is x else torch.linalg.vector_norm(moved, dim=-1).square_()
-    if yy.device.type == "cpu" and not bool(yy.isfinite().all() & xx.isfinite().all()):
+    look = look and yy.device.type == "cpu"  # elsewhere it would stop the step
+    if look and not bool(yy.isfinite().all() & xx.isfinite().all()):
         name = next((n for n, t in {"x": x, **given}.items() if not t.isfinite().all()), "x or y")
         raise LabError(f"{name} holds numbers that are not finite, or too large to square; look at the network that made these features")
+    if look and self_mask and y_neg is not None and not torch.equal(x, y_neg[..., :x.shape[-2], :]): raise LabError("self_mask says that y_neg's first rows are x's, but they hold other numbers; put x first, or leave self_mask out")
     w = (weight.to(x.device, dtype) if isinstance(weight, Tensor) else y.new_full((), weight)).expand(x.shape[:-2]).reshape(-1, 1, 1, 1)
     first_u = negatives.shape[-2]
-    return _Sets(moved, y, xx, yy, first_u, y.shape[1] - y_pos.shape[-2], w, y_neg is None or self_mask)
+    masked = y_neg is None or self_mask
+    return _Sets(moved, y, xx, yy, first_u, y.shape[1] - y_pos.shape[-2], w, masked or negatives is x, masked)
 
 def _distances(s: _Sets, groups: slice, rows: slice, sums: Tensor | None = None) -> Tensor:
     "d [b, n, M]; a masked pair is infinitely far away. `sums` [2, B, M] collects distances and squares over rows."
     d = torch.baddbmm(s.yy[groups, None], s.x[groups, rows], s.y[groups].mT, alpha=-2).add_(s.xx[groups, rows, None]).clamp_(min=0)
     itself = d[:, :, rows].diagonal(dim1=-2, dim2=-1)
-    if s.masked: itself.zero_()
+    if s.same: itself.zero_()
     if sums is not None: sums[1, groups] += d.sum(-2)
     d.sqrt_()
     if sums is not None: sums[0, groups] += d.sum(-2)
@@ -185,7 +194,7 @@ def _combine(s: _Sets, blocks: list, strength: Tensor, normalize: bool, raw: boo
     lengths = torch.empty_like(strength)
     for groups, rows, U in blocks: lengths[groups, :, rows] = torch.linalg.vector_norm(U, dim=-1)
     square = (share * lengths).square().mean((0, 2), keepdim=True)
-    real = square.sqrt() > 64 * eps * (s.yy.mean() * share.square().mean((0, 2), keepdim=True)).sqrt()  # two means that differ by less than rounding are equal
+    real = square.sqrt() > 64 * eps * (s.yy.mean(1)[:, None, None] * share.square()).mean((0, 2), keepdim=True).sqrt()  # two means that differ by less than rounding are equal
     plain = torch.where(real, plain, 0)
     unit = torch.where(real, share * (D / square).sqrt(), 0) if normalize else plain
     V, total = torch.empty(B, N, D, dtype=s.x.dtype, device=s.x.device), 0
@@ -293,10 +302,11 @@ def drift_loss(x: Tensor,                    # [..., N, D] features of generated
                sinkhorn_iters: int = 1,
                chunk: int = 0,
                compiled: bool = False,       # on a CUDA device, as `compiled_V`
+              look: bool = True,            # refuse features that are not finite, on a CPU; a task lets the loop's guard find the step
               ) -> tuple[Tensor, dict]:      # the loss, and 0-d tensors: drift_norm, feature_dist_mean, feature_dist_var, feature_scale
     "Mean squared distance from f = x sqrt(D)/S to the fixed target f + V: one feature map, all of its groups."
     with torch.no_grad(), exact_fp32(x.device):
-        s = _sets(x, y_pos, y_neg, y_uncond, uncond_weight, self_mask, temps, sinkhorn_iters, chunk)
+        s = _sets(x, y_pos, y_neg, y_uncond, uncond_weight, self_mask, temps, sinkhorn_iters, chunk, look)
         found = _field(s, temps, sinkhorn_iters, chunk, scaled=True, compiled=compiled)
         V = found.V.view(x.shape)
         value, gradient = V.square().mean(), V * (-2 * math.sqrt(V.shape[-1]) / V.numel() / found.scale.clamp(min=1e-30))
@@ -399,6 +409,12 @@ def _stages(model: nn.Module) -> list[str]:
     if "blocks" in names: return [f"blocks.{i}" for i in sorted({max(0, len(names["blocks"]) * k // 4 - 1) for k in (1, 2, 3, 4)})]
     raise LabError(f"{type(model).__name__}: no stages are known; name layers, such as {layer_names(model)[-1]!r}, with encoder_layers")
 
+def _known_layers(model: nn.Module, words: str, whose: str) -> list[str]:
+    known = set(layer_names(model))
+    for layer in (chosen := split_words(words)):
+        if layer not in known: raise unknown(f"layer of {whose}", layer, known)
+    return chosen
+
 def load_encoder(name: str,            # pixels; a run, its name or a checkpoint of a classifier or masked autoencoder; resnet18 (torchvision); dinov2 or a model of timm; resnet18=FILE with its weights
                  layers: str = "",     # words; "" is every stage
                  size: int = 0, everything: bool = True, device="cpu") -> Encoder:
@@ -408,10 +424,7 @@ def load_encoder(name: str,            # pixels; a run, its name or a checkpoint
     else:
         try: net = pretrained(name, size, device=device)
         except LabError as e: raise LabError(f"encoder={name!r} is no run in {runs_folder()} either: {e}") from None
-    known, chosen = set(layer_names(net.model)), split_words(layers) or _stages(net.model)
-    for layer in chosen:
-        if layer not in known: raise unknown(f"layer of {net.name}", layer, known)
-    return Encoder(net, chosen, everything)
+    return Encoder(net, _known_layers(net.model, layers, net.name) or _stages(net.model), everything)
 
 # %% ../nbs/11_drift.ipynb #c073
 @dataclass
@@ -421,6 +434,8 @@ class MaeConfig(FitConfig):
     epochs: int = param(20, "passes over the training images", low=1, high=100_000)
     batch_size: int = param(128, "images a batch, over all processes", low=1)
     optimizer: str = param("adamw", "sgd, nesterov, adamw, muon, lion or any name of timm's factory")
+    widths: tuple = param((32, 64, 128), "channels of the stages")
+    blocks: int = param(1, "residual blocks a stage", low=1)
     def models(self) -> list[str]: return ["mae"]
 
 class Reconstruct(Classify):
@@ -453,31 +468,40 @@ def own_encoder(kind: str,     # mae or classifier
     "Train an encoder on the training images of a configuration, unless its run is there."
     shared = {k: getattr(cfg, k) for k in ("dataset", "data_root", "image_size", "limit", "val_fraction", "split_seed", "deterministic", "device", "threads")}
     shared |= dict(epochs=cfg.encoder_epochs, eval_every=cfg.encoder_epochs, save_every=cfg.encoder_epochs, tracker="none", resume=True)
-    make = MaeConfig if kind == "mae" else functools.partial(TrainConfig, optimizer="adamw", batch_size=128)
+    make = functools.partial(MaeConfig, widths=cfg.encoder_widths, blocks=cfg.encoder_blocks) if kind == "mae" else functools.partial(TrainConfig, optimizer="adamw", batch_size=128)
     name = f"{kind}-{cfg.dataset}-{make(**shared).hash()[:8]}-{data.sha256[:8]}"  # other images of the same name: another encoder
     own = make(**shared, run_name=name)
+    seed_everything(own.seed, own.deterministic)
+    net = create_mae(data.channels, data.image_size, tuple(int(w) for w in own.widths), own.blocks) if kind == "mae" else classifier(own, data)
+    _known_layers(net, cfg.encoder_layers, kind)  # before hours are spent
     def train():
         own_data = prepare(own)
-        if kind == "mae":
-            seed_everything(own.seed, own.deterministic)
-            task = Reconstruct(create_mae(data.channels, data.image_size), own_data, own)
-        else: task = Classify(classifier(own, own_data), own_data, own)
+        task = Reconstruct(net, own_data, own) if kind == "mae" else Classify(net, own_data, own)
         fit(task, own, Run(own, "encoder"))
     return once(name, train)
 
 # %% ../nbs/11_drift.ipynb #c076
 class Reals:
-    "The newest features of real images, a ring for each group."
+    "The newest features of real images, a ring for each group; an image that is there already is renewed in its place."
     def __init__(self, groups: int, size: int):
-        self.size, self.filled, self.at, self.values = size, [0] * groups, [0] * groups, []
+        self.size, self.at, self.values = size, [0] * groups, []
+        self.held = [[None] * size for _ in range(groups)]  # place -> number of the image there
+        self.images = [{} for _ in range(groups)]           # and back
+
+    @property
+    def filled(self) -> list[int]: return [len(known) for known in self.images]
 
     def push(self, values: list[Tensor], # each [B, ...]
-             labels: list[int]) -> None: # of the images, on the host
-        if not self.values: self.values = [v.new_zeros(len(self.filled), self.size, *v.shape[1:]) for v in values]
+             labels: list[int],          # of the images, on the host
+             images: list[int]) -> None: # their numbers
+        if not self.values: self.values = [v.new_zeros(len(self.at), self.size, *v.shape[1:]) for v in values]
         slot = {}  # (group, place) -> row; a later image takes the place of an earlier one
-        for row, c in enumerate(labels):
-            slot[c, self.at[c]] = row
-            self.at[c], self.filled[c] = (self.at[c] + 1) % self.size, min(self.filled[c] + 1, self.size)
+        for row, (c, image) in enumerate(zip(labels, images)):
+            if image not in self.images[c]:
+                at = self.at[c]
+                self.images[c].pop(self.held[c][at], None)
+                self.images[c][image], self.held[c][at], self.at[c] = at, image, (at + 1) % self.size
+            slot[c, self.images[c][image]] = row
         groups, places, rows = upload(torch.tensor([(*at, row) for at, row in slot.items()]).T, values[0].device)
         for kept, v in zip(self.values, values): kept[groups, places] = v.detach()[rows]
 
@@ -501,10 +525,11 @@ class Reals:
         rows = upload(which * self.size + places, self.values[0].device)  # once for all feature maps
         return [v.flatten(0, 1)[rows] for v in self.values]
 
-    def state(self) -> dict: return dict(filled=list(self.filled), at=list(self.at), values=[v.clone() for v in self.values])
+    def state(self) -> dict: return dict(held=[list(h) for h in self.held], at=list(self.at), values=[v.clone() for v in self.values])
 
     def load_state(self, state: dict) -> None:
-        self.filled, self.at = list(state["filled"]), list(state["at"])
+        self.held, self.at = [list(h) for h in state["held"]], list(state["at"])
+        self.images = [{image: place for place, image in enumerate(h) if image is not None} for h in self.held]
         device = self.values[0].device if self.values else "cpu"
         self.values = [v.to(device) for v in state["values"]]
 
@@ -539,13 +564,15 @@ class DriftConfig(FitConfig):
     positives: int = param(64, "real images a group", low=1)
     unconditional: int = param(16, "real images of any class that repel a group, where alpha is above 1", low=1)
     alpha_max: float = param(2.0, "greatest guidance strength in training, from 1 up; 1 is no guidance", low=1, high=100)
-    alpha_power: float = param(3.0, "strengths are drawn from alpha^-power", low=-20, high=20)
+    alpha_power: float = param(5.0, "strengths are drawn from alpha^-power", low=-20, high=20)
     alpha: float = param(1.0, "guidance strength of the samples that are looked at", low=1, high=100)
-    temps: tuple = param((0.02, 0.05, 0.2), "temperatures, relative to a mean distance of one")
+    temps: tuple = param((0.02, 0.05), "temperatures, relative to a mean distance of one; the paper has 0.2, too")
     sinkhorn_iters: int = param(2, "normalisations of the affinity; 1 is the paper's", low=1, high=100)
     chunk: int = param(0, "rows of the affinity at a time; 0 is all", low=0)
     encoder: str = param("pixels", "pixels; mae or classifier (trained on these data once, then a run); a run; resnet18, dinov2 or a model of timm, a file with its weights after an equals sign")
     encoder_epochs: int = param(20, "epochs of mae and classifier", low=1)
+    encoder_widths: tuple = param((32, 64, 128), "channels of the stages of mae, each stage at half the size of the one before")
+    encoder_blocks: int = param(1, "residual blocks a stage of mae", low=1, high=100)
     encoder_layers: str = param("", "layers of the encoder; empty is every stage")
     encoder_size: int = param(0, "side of the images that the encoder sees; 0 is the data's", low=0, high=1024)
     multi_scale: bool = param(True, "locations and windows too; off: mean and deviation of each map")
@@ -556,9 +583,14 @@ class DriftConfig(FitConfig):
 
     def __post_init__(self):
         super().__post_init__()
-        if not self.temps or any(t <= 0 for t in self.temps): raise LabError(f"temps={self.temps}: expected positive numbers")
+        _check_temps(self.temps)
+        if min(self.temps) < 1e-3 or max(self.temps) > 1e3: raise LabError(f"temps={self.temps}: expected .001 to 1000, in units of the mean distance; below, every sample sees its nearest neighbour only, above, all alike")
         if self.alpha > self.alpha_max: raise LabError(f"alpha={self.alpha:g}: outside what is trained, 1 to {self.alpha_max:g}")
-        if self.method == "joint": self.alpha_max = self.alpha = 1.0  # no classes to be guided towards
+        if self.method == "joint":  # no classes to be guided towards
+            own = next(f.default for f in dataclasses.fields(self) if f.name == "alpha_max")
+            if self.alpha > 1 or self.alpha_max not in (1, own): raise LabError(f"alpha={self.alpha:g}, alpha_max={self.alpha_max:g}: method joint has no classes to be guided towards; leave them out")
+            self.alpha_max = 1.0
+        if not self.encoder: raise LabError("encoder='': expected pixels, mae, classifier, a run or a published network")
         if 0 < self.queue < self.positives: raise LabError(f"queue={self.queue} holds fewer than positives={self.positives}; use at least that, or 0")
 
     def models(self) -> list[str]: return list_generators()
@@ -582,6 +614,7 @@ class Draws:
         for i in range(len(self)): yield self.task.draw(self.epoch * len(self) + i)
 
 _DRAW, _REAL, _FRESH, _LOOK = 21, 22, 23, 24  # streams of random numbers
+ROOM = 4e9  # bytes of features of real images
 
 class Drift(Task):
     "One-step generation by drifting."
@@ -598,8 +631,9 @@ class Drift(Task):
         self.judge = in_training_judge(cfg.judge, data)
         if (data.train.flip or data.train.crop_padding) and not cfg.queue: raise LabError("flip and crop_padding need fresh images: use queue=128 or so, or flip='off' and crop_padding=0")
         self._check_counts()
+        if self.per_step % cfg.processes: raise LabError(f"{self.per_step} groups do not divide among {cfg.processes} processes; set groups to a multiple")
         self.source = own_encoder(cfg.encoder, cfg, data) if cfg.encoder in OWN_ENCODERS else cfg.encoder
-        if self.source != "pixels": load_encoder(self.source, cfg.encoder_layers, cfg.encoder_size, cfg.multi_scale)  # refused before anything is written
+        self._check_room(load_encoder(self.source, cfg.encoder_layers, cfg.encoder_size, cfg.multi_scale))  # refused before anything is written
         self.epoch_sums, self.epoch_count = torch.zeros(2), 0
         if self.judge: self.monitor = (f"eval/{self.judge.column}", "min")
 
@@ -611,8 +645,16 @@ def _check_counts(self: Drift) -> None:
     counts = torch.bincount(train.labels) if self.model.num_classes else torch.tensor([len(train)])
     c, least = int(counts.argmin()), int(counts.min())
     if least < cfg.positives: raise LabError(f"positives={cfg.positives}, but class {self.data.classes[c] if self.model.num_classes else 'of all'} has {least} training images; use at most that")
-    kept = int(counts.clamp(max=cfg.queue or len(train)).sum())
-    if cfg.guided and self.per_step * cfg.unconditional > kept: raise LabError(f"unconditional={cfg.unconditional} for {self.per_step} groups, but {kept} real images are kept; use at most {kept // self.per_step}")
+    self.kept = int(counts.clamp(max=cfg.queue or len(train)).sum())
+    if cfg.guided and self.per_step * cfg.unconditional > self.kept: raise LabError(f"unconditional={cfg.unconditional} for {self.per_step} groups, but {self.kept} real images are kept; use at most {self.kept // self.per_step}")
+
+@patch
+@torch.no_grad()
+def _check_room(self: Drift, encoder: Encoder) -> None:
+    "Do the features of all images that are kept fit into memory?"
+    image = sum(m.numel() for m in encoder(torch.zeros(1, self.data.channels, self.data.image_size, self.data.image_size)))
+    if (need := 4 * image * self.kept) > ROOM:
+        raise LabError(f"{self.kept:,} real images of {image:,} features each take {need / 1e9:.1f} GB, more than {ROOM / 1e9:g} GB: keep the newest of each class only (queue={'128' if not self.cfg.queue else 'less'}), or leave locations out (multi_scale=False)")
 
 @patch
 def setup(self: Drift, device, rank: int = 0, world: int = 1) -> None:
@@ -640,7 +682,7 @@ def push(self: Drift, rows: Tensor, number: int = 0) -> None:
     train = self.data.train
     split = train.take(rows)
     x = next(iter(Batches(split, len(rows), self.cfg.seed, number, shuffle=False, device=self.device))).x
-    self.reals.push(self.encoder(x.float() / 127.5 - 1), (split.labels if self.model.num_classes else torch.zeros_like(split.labels)).tolist())
+    self.reals.push(self.encoder(x.float() / 127.5 - 1), (split.labels if self.model.num_classes else torch.zeros_like(split.labels)).tolist(), split.indices.tolist())
 
 @patch
 def batches(self: Drift, epoch: int) -> Draws: return Draws(self, epoch)
@@ -671,7 +713,7 @@ def loss(self: Drift, batch: Draw, step: int):
         total, stats = 0., []
         for f, p, u in zip(self.encoder(x.float()), positives, others):
             part, found = drift_loss(by_location(f.unflatten(0, (G, N))), by_location(p), temps=cfg.temps, y_uncond=by_location(u), uncond_weight=weight,
-                                     sinkhorn_iters=cfg.sinkhorn_iters, chunk=cfg.chunk, compiled=cfg.compile)
+                                     sinkhorn_iters=cfg.sinkhorn_iters, chunk=cfg.chunk, compiled=cfg.compile, look=False)
             total, stats = total + part, [*stats, found]
     found = {k: torch.stack([s[k] for s in stats]).mean() for k in ("drift_norm", "feature_dist_mean", "feature_dist_var")}
     first = batch.number % cfg.batches(len(self.data.train)) == 0
