@@ -22,7 +22,7 @@ from .plots import COLOURS, Picture, as_array, styled, class_grid, save_figure
 from .train import Classify, FitConfig, Task, TrainConfig, classifier, fit, prepare
 
 # %% auto #0
-__all__ = ['BLOCK', 'WINDOWS', 'OWN_ENCODERS', 'ROOM', 'compute_V', 'feature_scale', 'guidance_weight', 'drift_loss',
+__all__ = ['BLOCK', 'WINDOWS', 'MAES', 'OWN_ENCODERS', 'ROOM', 'compute_V', 'feature_scale', 'guidance_weight', 'drift_loss',
            'compiled_V', 'toy_field', 'multi_scale', 'Encoder', 'load_encoder', 'MaeConfig', 'Reconstruct',
            'own_encoder', 'Reals', 'draw_alpha', 'DriftConfig', 'Draw', 'Draws', 'Drift', 'in_training_judge',
            'drifter']
@@ -427,6 +427,8 @@ def load_encoder(name: str,            # pixels; a run, its name or a checkpoint
     return Encoder(net, _known_layers(net.model, layers, net.name) or _stages(net.model), everything)
 
 # %% ../nbs/11_drift.ipynb #c073
+MAES = {"mae": dict(widths=(32, 64, 128)), "mae_wide": dict(widths=(64, 128, 256), blocks=2)}  # name -> what create_mae gets
+
 @dataclass
 class MaeConfig(FitConfig):
     "A masked autoencoder's training."
@@ -434,9 +436,7 @@ class MaeConfig(FitConfig):
     epochs: int = param(20, "passes over the training images", low=1, high=100_000)
     batch_size: int = param(128, "images a batch, over all processes", low=1)
     optimizer: str = param("adamw", "sgd, nesterov, adamw, muon, lion or any name of timm's factory")
-    widths: tuple = param((32, 64, 128), "channels of the stages")
-    blocks: int = param(1, "residual blocks a stage", low=1)
-    def models(self) -> list[str]: return ["mae"]
+    def models(self) -> list[str]: return list(MAES)
 
 class Reconstruct(Classify):
     "A masked autoencoder paints what is hidden; afterwards `frozen(run)` is an encoder."
@@ -460,23 +460,23 @@ class Reconstruct(Classify):
         return {f"{split}/loss": float(self.gather(torch.cat(errors) if errors else torch.empty(0))[0].mean())}
 
 # %% ../nbs/11_drift.ipynb #c074
-OWN_ENCODERS = ("mae", "classifier")
+OWN_ENCODERS = (*MAES, "classifier")
 
-def own_encoder(kind: str,     # mae or classifier
+def own_encoder(kind: str,     # of OWN_ENCODERS
                 cfg: FitConfig,
                 data: Dataset) -> str: # the name of its run
     "Train an encoder on the training images of a configuration, unless its run is there."
     shared = {k: getattr(cfg, k) for k in ("dataset", "data_root", "image_size", "limit", "val_fraction", "split_seed", "deterministic", "device", "threads")}
     shared |= dict(epochs=cfg.encoder_epochs, eval_every=cfg.encoder_epochs, save_every=cfg.encoder_epochs, tracker="none", resume=True)
-    make = functools.partial(MaeConfig, widths=cfg.encoder_widths, blocks=cfg.encoder_blocks) if kind == "mae" else functools.partial(TrainConfig, optimizer="adamw", batch_size=128)
+    make = functools.partial(MaeConfig, model=kind) if kind in MAES else functools.partial(TrainConfig, optimizer="adamw", batch_size=128)
     name = f"{kind}-{cfg.dataset}-{make(**shared).hash()[:8]}-{data.sha256[:8]}"  # other images of the same name: another encoder
     own = make(**shared, run_name=name)
     seed_everything(own.seed, own.deterministic)
-    net = create_mae(data.channels, data.image_size, tuple(int(w) for w in own.widths), own.blocks) if kind == "mae" else classifier(own, data)
+    net = create_mae(data.channels, data.image_size, **MAES[kind]) if kind in MAES else classifier(own, data)
     _known_layers(net, cfg.encoder_layers, kind)  # before hours are spent
     def train():
         own_data = prepare(own)
-        task = Reconstruct(net, own_data, own) if kind == "mae" else Classify(net, own_data, own)
+        task = Reconstruct(net, own_data, own) if kind in MAES else Classify(net, own_data, own)
         fit(task, own, Run(own, "encoder"))
     return once(name, train)
 
@@ -569,10 +569,8 @@ class DriftConfig(FitConfig):
     temps: tuple = param((0.02, 0.05), "temperatures, relative to a mean distance of one; the paper has 0.2, too")
     sinkhorn_iters: int = param(2, "normalisations of the affinity; 1 is the paper's", low=1, high=100)
     chunk: int = param(0, "rows of the affinity at a time; 0 is all", low=0)
-    encoder: str = param("pixels", "pixels; mae or classifier (trained on these data once, then a run); a run; resnet18, dinov2 or a model of timm, a file with its weights after an equals sign")
-    encoder_epochs: int = param(20, "epochs of mae and classifier", low=1)
-    encoder_widths: tuple = param((32, 64, 128), "channels of the stages of mae, each stage at half the size of the one before")
-    encoder_blocks: int = param(1, "residual blocks a stage of mae", low=1, high=100)
+    encoder: str = param("pixels", "pixels; mae, mae_wide or classifier (trained on these data once, then a run); a run; resnet18, dinov2 or a model of timm, a file with its weights after an equals sign")
+    encoder_epochs: int = param(20, "epochs of mae, mae_wide or classifier", low=1)
     encoder_layers: str = param("", "layers of the encoder; empty is every stage")
     encoder_size: int = param(0, "side of the images that the encoder sees; 0 is the data's", low=0, high=1024)
     multi_scale: bool = param(True, "locations and windows too; off: mean and deviation of each map")
@@ -590,7 +588,7 @@ class DriftConfig(FitConfig):
             own = next(f.default for f in dataclasses.fields(self) if f.name == "alpha_max")
             if self.alpha > 1 or self.alpha_max not in (1, own): raise LabError(f"alpha={self.alpha:g}, alpha_max={self.alpha_max:g}: method joint has no classes to be guided towards; leave them out")
             self.alpha_max = 1.0
-        if not self.encoder: raise LabError("encoder='': expected pixels, mae, classifier, a run or a published network")
+        if not self.encoder: raise LabError("encoder='': expected pixels, mae, mae_wide, classifier, a run or a published network")
         if 0 < self.queue < self.positives: raise LabError(f"queue={self.queue} holds fewer than positives={self.positives}; use at least that, or 0")
 
     def models(self) -> list[str]: return list_generators()
