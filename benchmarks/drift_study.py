@@ -34,7 +34,7 @@ def main(pattern: str, out: str, figure: str) -> None:
         if len({r[key] for r in every}) > 1: raise LabError(f"runs of different {key} do not stand in one table")
     first, table = every[0], {}
     for name, rows in groups.items():
-        table[name] = dict(n=len(rows), cpu_seconds=sum(r["seconds"] for r in rows) / len(rows))
+        table[name] = dict(n=len(rows), cpu_seconds=sum(r["seconds"] for r in rows) / len(rows), cpu_seconds_by_seed=[r["seconds"] for r in rows], git=sorted({f"{r['hardware']['git']['commit']}{' with changes' if r['hardware']['git']['dirty'] else ''}" for r in rows}))
         for key in MEASURES:
             values = [float(r[key]) for r in rows]
             mean, half = t_interval(values)
