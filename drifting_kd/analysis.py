@@ -115,31 +115,27 @@ class Sharpness(NamedTuple):
 
 def sharpness(model: nn.Module,
               loss: Loss,
-              iterations: int = 100,
-              tol: float = 1e-3, # stop where the residual is this share of the eigenvalue (of the shifted Hessian)
+              iterations: int = 30,
+              tol: float = 1e-3, # stop where the residual, and what the last product added, are within this share of the eigenvalue
               seed: int = 0,     # of the first vector
              ) -> Sharpness:
-    "The largest (algebraic) eigenvalue of the loss's Hessian; at most `iterations` Hessian-vector products."
+    "The largest (algebraic) eigenvalue of the loss's Hessian, by Lanczos; at most `iterations` Hessian-vector products, and memory for as many vectors of all weights."
     if iterations < 1: raise LabError(f"iterations={iterations}: expected at least 1")
-    parameters, draw, shift, norm = _trainable(model), generator(seed), 0., 0.
+    parameters, value = _trainable(model), -math.inf
     size = sum(p.numel() for p in parameters)
-    def start():
-        v = torch.randn(size, generator=draw, dtype=torch.float64).to(parameters[0])  # drawn on the CPU: the same on every device
-        return v / v.norm()
-    v = start()
+    v = torch.randn(size, generator=generator(seed), dtype=torch.float64).to(parameters[0])  # drawn on the CPU: the same on every device
+    basis, diagonal, beside = [v / v.norm()], [], []
     with undisturbed(model), torch.enable_grad():
-        for i in range(1, iterations + 1):
-            hv = hessian_vector(model, loss, v)
-            last, norm = norm, float(hv.norm())
-            value = float(v @ hv)
-            residual = float((hv - value * v).norm())
-            if not math.isfinite(residual): raise LabError(f"the Hessian of {model_name(model)} is not finite in step {i} of the power iteration; look at the loss first")
-            settled = residual <= tol * abs(value + shift)
-            if settled and value + shift >= 0: break
-            if not shift and (settled or abs(norm - last) <= tol / 10 * norm and residual > .1 * norm): shift, v = norm, start()  # a negative eigenvalue leads, alone or in a tie
-            else:
-                w = hv + shift * v
-                v = w / w.norm()
+        for i in range(1, min(iterations, size) + 1):
+            w = hessian_vector(model, loss, basis[-1])
+            diagonal.append(float(basis[-1] @ w))
+            for q in (*reversed(basis), *basis): w = w - (q @ w) * q  # twice: once leaves rounding of the size of what was taken away
+            rest = float(w.norm())
+            if not math.isfinite(rest): raise LabError(f"the Hessian of {model_name(model)} is not finite in product {i}; look at the loss first")
+            values, vectors = np.linalg.eigh(np.diag(diagonal) + np.diag(beside, 1) + np.diag(beside, -1))
+            last, value, residual = value, float(values[-1]), rest * abs(float(vectors[-1, -1]))
+            if not rest or residual <= tol * abs(value) and value - last <= tol * abs(value): break
+            beside.append(rest), basis.append(w / rest)
     return Sharpness(value, i, residual)
 
 # %% ../nbs/08_analysis.ipynb #c020
