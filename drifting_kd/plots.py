@@ -592,6 +592,7 @@ def loss_slices(slices: dict,    # name -> (steps, losses), as analysis.loss_sli
     ax.set(xlabel="step (1: every filter moves by its own norm)", ylabel="loss")
     return fig
 
+# %% ../nbs/03_plots.ipynb #c084
 @styled
 def barrier_curves(curves: dict,    # name -> (alphas, losses), as analysis.barrier gives them, or a list of such, one a pair
                   ) -> Figure:

@@ -67,7 +67,7 @@ def check_layers_and_walls(found, nets, train_loss, test_loss):
     assert far[PAIR_KINDS[0]] == pytest.approx(np.mean([1 - linear_cka(head[f"toy-{o}-s0"], head[f"toy-{o}-s1"]) for o in ("adamw", "sgd")]), abs=1e-4)
     walls = tables["walls"]
     kinds = [(w["kind"], w["one"], w["other"], w["how"]) for w in walls]
-    assert len(set(kinds)) == len(kinds) == 8 and all(w["alphas"] == [0, .5, 1] for w in walls)  # each group, and the two groups in both kinds: as they are and matched
+    assert len(set(kinds)) == len(kinds) == 8 and all(w["alphas"] == [0, .5, 1] and w["one"] in w["a"] and w["other"] in w["b"] for w in walls)  # each group, and the two groups in both kinds: as they are and matched
     for w in walls[:2]:  # of the first pair, both ways
         one, other = unit_filters(nets[w["a"]]), unit_filters(nets[w["b"]])
         line = barrier(one, match_weights(one, other) if w["how"] == "matched" else other, test_loss, [.5], train_loss.batches)
