@@ -97,9 +97,6 @@ def label_ends(ax, ends: list[tuple]) -> None:
     for height, (_, x, y, name, colour) in zip(heights, places):
         ax.annotate(name, (x, y), xytext=(1.02, height), textcoords="axes fraction", color=colour, va="center", annotation_clip=False)
 
-# %% ../nbs/03_plots.ipynb #c013
-DASHES = ("-", "--", ":")  # when the colours are used up
-
 def _same_n(runs: dict) -> int:
     "How many seeds every one of several groups has; 0 if they differ, or there is one."
     counts = {len(seeds) for seeds in runs.values()}
@@ -109,6 +106,9 @@ def _with_band(x: str, bands: list[bool], same_n: int, more: str = "") -> str:
     "The words of an axis: what a band is, where one is drawn, and that a line may have none."
     if not any(bands): return x
     return f"{x} ({f'{same_n} seeds each; ' if same_n else ''}band: 95 % interval of the mean{'' if all(bands) else ', none for one seed'}{more})"
+
+# %% ../nbs/03_plots.ipynb #c013
+DASHES = ("-", "--", ":")  # when the colours are used up
 
 def _panel(ax, runs: dict, key: str, x: str) -> None:
     ends, bands, unit, same_n = [], [], UNITS.get(key.split("/")[-1], ""), _same_n(runs)
