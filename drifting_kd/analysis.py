@@ -15,18 +15,18 @@ import torch.nn.functional as F
 from torch import nn
 from .core import LabError, Parameters, check_run_name, generator, param, unknown
 from .data import Batches, Split, normalize
-from .models import (BATCHNORMS, CONVOLUTIONS, BasicBlock, Bottleneck, Frozen, ResNet, checkpoint_file, activations, checkpoint_model, layer_names, load_checkpoint, model_name, output_sizes,
+from .models import (BATCHNORMS, CONVOLUTIONS, BasicBlock, Bottleneck, Frozen, ResNet, checkpoint_file, activations, checkpoint_model, foldable, layer_names, load_checkpoint, model_name, output_sizes,
                                 parameter_layers)
 from .train import undisturbed
 
 # %% auto #0
-__all__ = ['CORRUPTIONS', 'HISTORIES', 'PAIR_KINDS', 'Solution', 'solution', 'Loss', 'loss_of', 'hessian_vector', 'Sharpness',
-           'sharpness', 'filter_normalized_direction', 'weights_kept', 'loss_surface', 'loss_slice', 'check_same_model',
-           'interpolate', 'reestimate_batchnorm', 'barrier', 'permutation_groups', 'permuted', 'weight_orders',
-           'match_weights', 'linear_cka', 'layer_features', 'cka_matrix', 'disagreement', 'disagreement_matrix',
-           'disagreement_between', 'judge_split', 'reliability', 'corrupt', 'robustness', 'weight_norms',
-           'gradient_norms', 'activation_rms', 'layer_history', 'maximise', 'channel_maps', 'pair_kinds', 'separation',
-           'SolutionsConfig']
+__all__ = ['CORRUPTIONS', 'HISTORIES', 'PAIR_KINDS', 'Solution', 'solution', 'checkpoint_at', 'Loss', 'loss_of', 'hessian_vector',
+           'Sharpness', 'sharpness', 'filter_normalized_direction', 'weights_kept', 'loss_surface', 'loss_slice',
+           'check_same_model', 'interpolate', 'reestimate_batchnorm', 'barrier', 'unit_filters', 'permutation_groups',
+           'permuted', 'weight_orders', 'match_weights', 'linear_cka', 'layer_features', 'cka_matrix', 'disagreement',
+           'disagreement_matrix', 'disagreement_between', 'judge_split', 'reliability', 'corrupt', 'robustness',
+           'weight_norms', 'gradient_norms', 'activation_rms', 'layer_history', 'maximise', 'channel_maps',
+           'pair_kinds', 'separation', 'SolutionsConfig']
 
 # %% ../nbs/08_analysis.ipynb #c005
 class Solution(NamedTuple):
@@ -47,6 +47,18 @@ def solution(source: str | Path, # a run folder, a run's name or a checkpoint fi
     if not facts.get("mean") or not facts.get("std"): raise LabError(f"{path} does not say how its images were normalised; give a run that trained a classifier")
     model = checkpoint_model(checkpoint).eval().to(device=device, memory_format=torch.channels_last)
     return Solution(model, tuple(facts["mean"]), tuple(facts["std"]), list(facts.get("classes", [])), checkpoint["config"])
+
+def checkpoint_at(run: Path,           # a run's folder
+                  lines: list[dict],   # of core.read_metrics
+                  accuracy: float,     # on validation images
+                 ) -> Path:
+    "The run's first kept checkpoint that had reached this validation accuracy."
+    measured = {line["step"]: line["val/accuracy"] for line in lines if line.get("val/accuracy") is not None}
+    kept = {path: measured[step] for path in sorted((run / "checkpoints").glob("step_*.pt")) if (step := int(path.stem.removeprefix("step_"))) in measured}
+    reached = next((path for path, value in kept.items() if value >= accuracy), None)
+    if reached: return reached
+    raise LabError(f"run {run.name} kept no checkpoint with val/accuracy {accuracy:.4g} or more (" + (f"the best of {len(kept)} has {max(kept.values()):.4g}" if kept else "none was evaluated at its step") + "); "
+                   "take a lower one, or train with a larger keep_last and with eval_every and save_every alike")
 
 # %% ../nbs/08_analysis.ipynb #c007
 @dataclasses.dataclass
@@ -115,31 +127,27 @@ class Sharpness(NamedTuple):
 
 def sharpness(model: nn.Module,
               loss: Loss,
-              iterations: int = 100,
-              tol: float = 1e-3, # stop where the residual is this share of the eigenvalue (of the shifted Hessian)
+              iterations: int = 30,
+              tol: float = 1e-3, # stop where the residual, and what the last product added, are within this share of the eigenvalue
               seed: int = 0,     # of the first vector
              ) -> Sharpness:
-    "The largest (algebraic) eigenvalue of the loss's Hessian; at most `iterations` Hessian-vector products."
+    "The largest (algebraic) eigenvalue of the loss's Hessian, by Lanczos; at most `iterations` Hessian-vector products, and memory for as many vectors of all weights."
     if iterations < 1: raise LabError(f"iterations={iterations}: expected at least 1")
-    parameters, draw, shift, norm = _trainable(model), generator(seed), 0., 0.
+    parameters, value = _trainable(model), -math.inf
     size = sum(p.numel() for p in parameters)
-    def start():
-        v = torch.randn(size, generator=draw, dtype=torch.float64).to(parameters[0])  # drawn on the CPU: the same on every device
-        return v / v.norm()
-    v = start()
+    v = torch.randn(size, generator=generator(seed), dtype=torch.float64).to(parameters[0])  # drawn on the CPU: the same on every device
+    basis, diagonal, beside = [v / v.norm()], [], []
     with undisturbed(model), torch.enable_grad():
-        for i in range(1, iterations + 1):
-            hv = hessian_vector(model, loss, v)
-            last, norm = norm, float(hv.norm())
-            value = float(v @ hv)
-            residual = float((hv - value * v).norm())
-            if not math.isfinite(residual): raise LabError(f"the Hessian of {model_name(model)} is not finite in step {i} of the power iteration; look at the loss first")
-            settled = residual <= tol * abs(value + shift)
-            if settled and value + shift >= 0: break
-            if not shift and (settled or abs(norm - last) <= tol / 10 * norm and residual > .1 * norm): shift, v = norm, start()  # a negative eigenvalue leads, alone or in a tie
-            else:
-                w = hv + shift * v
-                v = w / w.norm()
+        for i in range(1, min(iterations, size) + 1):
+            w = hessian_vector(model, loss, basis[-1])
+            diagonal.append(float(basis[-1] @ w))
+            for q in (*reversed(basis), *basis): w = w - (q @ w) * q  # twice: once leaves rounding of the size of what was taken away
+            rest = float(w.norm())
+            if not math.isfinite(rest): raise LabError(f"the Hessian of {model_name(model)} is not finite in product {i}; look at the loss first")
+            values, vectors = np.linalg.eigh(np.diag(diagonal) + np.diag(beside, 1) + np.diag(beside, -1))
+            last, value, residual = value, float(values[-1]), rest * abs(float(vectors[-1, -1]))
+            if not rest or residual <= tol * abs(value) and value - last <= tol * abs(value): break
+            beside.append(rest), basis.append(w / rest)
     return Sharpness(value, i, residual)
 
 # %% ../nbs/08_analysis.ipynb #c020
@@ -257,11 +265,26 @@ def barrier(model_a: nn.Module,
     chord = (1 - at) * rise[at == 0] + at * rise[at == 1]
     return dict(alphas=alphas, losses=losses, accuracies=accuracies, barrier=float((rise - chord).max()))
 
+# %% ../nbs/08_analysis.ipynb #c105
+@torch.no_grad()
+def unit_filters(model: nn.Module) -> nn.Module:
+    "A copy whose convolution filters before a BatchNorm have norm 1: the same function, up to BatchNorm's eps."
+    model = copy.deepcopy(model)
+    for conv, norm in (map(model.get_submodule, pair) for pair in foldable(model)):
+        length = conv.weight.flatten(1).norm(dim=1)
+        length = torch.where(length > 0, length, 1.)  # a filter of zeros stays
+        conv.weight /= length.view(-1, *[1] * (conv.weight.ndim - 1))
+        if conv.bias is not None: conv.bias /= length
+        norm.running_mean /= length
+        norm.running_var /= length ** 2
+    return model
+
 # %% ../nbs/08_analysis.ipynb #c037
 def _parameters_of(name: str, layer: nn.Module, inputs, outputs) -> list:
     "(group, tensor, axis) of a layer between two groups of channels; None is an order that is fixed."
     entries = [(outputs, f"{name}.{n}", 0) for n, t in (*layer.named_parameters(), *layer.named_buffers()) if t.ndim]
-    return [e for e in entries + [(inputs, f"{name}.weight", 1)] * (layer.weight.ndim > 1) if e[0] is not None]
+    two_sided = not isinstance(layer, BATCHNORMS)
+    return [e for e in entries + [(inputs, f"{name}.weight", 1)] * two_sided if e[0] is not None]
 
 def _resnet_axes(model: ResNet) -> list:
     stream, axes = "stem", _parameters_of("conv1", model.conv1, None, "stem") + _parameters_of("bn1", model.bn1, None, "stem")
@@ -288,7 +311,7 @@ def _chain_axes(model: nn.Sequential) -> list:
         if isinstance(m, (*CONVOLUTIONS, nn.Linear)) and getattr(m, "groups", 1) == 1:
             inputs, order = order, None if name == weighted[-1] else name
             axes += _parameters_of(name, m, inputs, order)
-        elif isinstance(m, BATCHNORMS): axes += _parameters_of(name, m, None, order) if m.affine else []
+        elif isinstance(m, BATCHNORMS): axes += _parameters_of(name, m, None, order)  # its statistics move also where it has no weights
         elif not isinstance(m, _KEEP_ORDER): raise LabError(f"match_weights does not know how layer {name} ({type(m).__name__}) treats the order of channels; use CKA to compare such networks")
     return axes
 
@@ -413,18 +436,18 @@ def disagreement_matrix(predictions: dict, # run -> [N] classes
 def disagreement_between(groups: dict,     # optimiser -> a list of predictions, one a seed
                          labels,           # [N], of the same images
                          num_classes: int,
-                        ) -> dict:         # (group, group) -> mean, n (pairs), expected (of independent errors)
+                        ) -> dict:         # (group, group) -> n (pairs), and means over them: mean, expected (of independent errors), gap (of accuracy), beyond (mean - gap), both_wrong (with different answers)
     "Disagreement within each group and across each two; a group of one seed has no pair: n 0 and nan. Pairs share runs, so they are no independent sample."
     if num_classes < 2: raise LabError(f"num_classes={num_classes}: expected at least 2")
     rows, labels = {}, _answers(labels)
     for one, two in itertools.combinations_with_replacement(groups, 2):
         pairs = list(itertools.combinations(groups[one], 2) if one == two else itertools.product(groups[one], groups[two]))
-        expected = []
-        for pair in pairs:
-            p, q = (1 - disagreement(labels, predictions) for predictions in pair)
-            expected.append(1 - p * q - (1 - p) * (1 - q) / (num_classes - 1))
-        means = [float(np.mean(v)) if pairs else math.nan for v in ([disagreement(*pair) for pair in pairs], expected)]
-        rows[one, two] = dict(mean=means[0], n=len(pairs), expected=means[1])
+        found = []
+        for a, b in (map(_answers, pair) for pair in pairs):
+            p, q, differ = 1 - disagreement(labels, a), 1 - disagreement(labels, b), disagreement(a, b)
+            found.append((differ, 1 - p * q - (1 - p) * (1 - q) / (num_classes - 1), abs(p - q), differ - abs(p - q), ((a != labels) & (b != labels) & (a != b)).mean()))
+        means = np.mean(found, 0).tolist() if pairs else [math.nan] * 5
+        rows[one, two] = dict(n=len(pairs), **dict(zip(("mean", "expected", "gap", "beyond", "both_wrong"), means)))
     return rows
 
 # %% ../nbs/08_analysis.ipynb #c057
@@ -442,6 +465,8 @@ def reliability(probabilities,   # [N, C]
     "How sure the model is and how often it is right, by bins of confidence."
     probabilities, labels = np.asarray(probabilities), np.asarray(labels)
     if probabilities.ndim != 2 or labels.shape != probabilities.shape[:1] or not len(labels): raise LabError(f"probabilities {probabilities.shape} and labels {labels.shape}: expected [N, C] and [N], N at least 1")
+    if not (np.isfinite(probabilities).all() and probabilities.min() >= 0 and np.allclose(probabilities.sum(1), 1, atol=1e-3)): raise LabError("these are no probabilities: expected finite numbers, none negative, that sum to 1 in each row; take the softmax of logits first")
+    if labels.min() < 0 or labels.max() >= probabilities.shape[1]: raise LabError(f"labels from {labels.min()} to {labels.max()} for {probabilities.shape[1]} classes; expected 0 to {probabilities.shape[1] - 1}")
     confidence, correct = probabilities.max(1), probabilities.argmax(1) == labels
     which = np.minimum((confidence * bins).astype(int), bins - 1)  # as train.expected_calibration_error
     count, edges = np.bincount(which, minlength=bins), np.arange(bins + 1) / bins
@@ -606,28 +631,42 @@ def pair_kinds(groups: list, # of each run, such as its optimiser
     same_group, same_seed = g[:, None] == g[None], s[:, None] == s[None]
     return np.select([same_group & ~same_seed, ~same_group & ~same_seed, ~same_group & same_seed], PAIR_KINDS, "")
 
+def _dealings(labels: list) -> list:
+    "Every different order of some labels."
+    if not labels: return [[]]
+    return [[labels[i], *rest] for i in sorted(map(labels.index, set(labels))) for rest in _dealings(labels[:i] + labels[i + 1:])]
+
 def separation(distance: np.ndarray, # [n, n], symmetric
                groups: list, seeds: list,
-               draws: int = 9_999,   # of the permutation test
+               draws: int = 9_999,   # of the permutation test, where there are more than 20,000 ways to deal the labels
                seed: int = 0) -> dict:
     "Mean distance and number of pairs of each kind, and whether other groups are further away than other seeds: difference, one-sided permutation p, and the least p that so few runs can give."
-    distance, g, s = np.asarray(distance, np.float64), np.asarray(groups), np.asarray(seeds)
+    distance, s, (names, g) = np.asarray(distance, np.float64), np.asarray(seeds), np.unique(np.asarray(groups), return_inverse=True)
     if distance.shape != (len(g), len(g)) or len(g) != len(s): raise LabError(f"distances {distance.shape} for {len(g)} groups and {len(s)} seeds; expected a square matrix, a row a run")
+    if not np.allclose(distance, distance.T, equal_nan=True): raise LabError("the distances are not symmetric; expected the same from a to b as from b to a")
+    kinds = pair_kinds(g, s)
     upper = np.triu(np.ones_like(distance, bool), 1)
-    def mean(labels, kind):
-        chosen = distance[(pair_kinds(labels, s) == kind) & upper]
-        return float(chosen.mean()) if len(chosen) else math.nan
-    found = {kind: dict(mean=mean(g, kind), pairs=int(((pair_kinds(g, s) == kind) & upper).sum())) for kind in PAIR_KINDS}
-    gap = lambda labels: mean(labels, PAIR_KINDS[1]) - mean(labels, PAIR_KINDS[0])
-    blocks, rng, extreme, observed = [np.flatnonzero(s == v) for v in np.unique(s)], np.random.default_rng(seed), 0, gap(g)
-    ways = [math.factorial(len(b)) // math.prod(math.factorial(int(n)) for n in np.unique(g[b], return_counts=True)[1]) for b in blocks]
-    floor = max(ways) / math.prod(ways)  # renaming the groups alike in every block changes nothing
-    if math.isnan(observed) or not draws: return found | dict(difference=observed, p=math.nan, least_p=floor)
-    for _ in range(draws):
-        dealt = g.copy()
-        for block in blocks: dealt[block] = g[rng.permutation(block)]
-        extreme += gap(dealt) >= observed - 1e-12
-    return found | dict(difference=observed, p=max(floor, (extreme + 1) / (draws + 1)), least_p=floor)
+    chosen = {kind: distance[upper & (kinds == kind)] for kind in PAIR_KINDS}
+    found = {kind: dict(mean=float(d.mean()) if len(d) else math.nan, pairs=len(d)) for kind, d in chosen.items()}
+    observed = found[PAIR_KINDS[1]]["mean"] - found[PAIR_KINDS[0]]["mean"]
+    blocks = [np.flatnonzero(s == v) for v in np.unique(s)]
+    counts = np.array([np.bincount(g[b], minlength=len(names)) for b in blocks])  # [seed, group]
+    ways = math.prod(math.factorial(row.sum()) // math.prod(map(math.factorial, row.tolist())) for row in counts)
+    alike = math.prod(math.factorial(n) for n in np.unique(counts, axis=1, return_counts=True)[1].tolist())  # renaming groups that have the same seeds changes no pair
+    if math.isnan(observed): return found | dict(difference=observed, p=math.nan, least_p=alike / ways)
+    i, j = np.nonzero(upper & (s[:, None] != s[None]))
+    apart = distance[i, j]
+    def within(labels) -> float: return apart[labels[i] == labels[j]].sum()  # of as many pairs in every dealing: the less, the larger the difference
+    most = within(g) + 1e-12 * np.abs(apart).sum()
+    def dealt(orders) -> np.ndarray:
+        labels = g.copy()
+        for block, order in zip(blocks, orders): labels[block] = order
+        return labels
+    if ways <= 20_000: p = sum(within(dealt(orders)) <= most for orders in itertools.product(*(_dealings(g[b].tolist()) for b in blocks))) / ways
+    else:
+        rng = np.random.default_rng(seed)
+        p = max(alike / ways, (sum(within(dealt([rng.permutation(g[b]) for b in blocks])) <= most for _ in range(draws)) + 1) / (draws + 1))
+    return found | dict(difference=observed, p=float(p), least_p=alike / ways)
 
 # %% ../nbs/08_analysis.ipynb #c103
 @dataclasses.dataclass
@@ -639,9 +678,11 @@ class SolutionsConfig(Parameters):
     device: str = param("auto", "auto, cpu, cuda, cuda:1 or mps")
     threads: int = param(0, "CPU threads; 0 is one up to 16 pixels, else torch's own", low=0, high=1024)
     images: int = param(1000, "images for sharpness and BatchNorm (training), barriers, CKA and damage (test)", low=10)
-    iterations: int = param(20, "Hessian-vector products for the sharpness of a run", low=1, high=1000)
-    points: int = param(5, "places on the line between two networks, ends included", low=3, high=101)
-    pairs: int = param(4, "pairs of runs of each kind whose line is walked", low=1, high=1000)
+    at: float = param(0.0, "validation accuracy at which networks are taken: each run's first kept checkpoint that has reached it; 0 is the last weights", low=0, high=1)
+    iterations: int = param(30, "Hessian-vector products for the sharpness of a run, at most", low=1, high=1000)
+    points: int = param(11, "places on the line between two networks, ends included", low=3, high=101)
+    pairs: int = param(2, "pairs of runs whose line is walked, for every two groups (and each group with itself) and each kind", low=1, high=1000)
+    surface: int = param(7, "places a side of the loss surface around each group's first network; 0 draws none", low=0, high=101)
     seed: int = param(0, "seed of directions and permutation tests", low=0)
     name: str = param("solutions", "file stem in figures")
 

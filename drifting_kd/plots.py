@@ -97,26 +97,31 @@ def label_ends(ax, ends: list[tuple]) -> None:
     for height, (_, x, y, name, colour) in zip(heights, places):
         ax.annotate(name, (x, y), xytext=(1.02, height), textcoords="axes fraction", color=colour, va="center", annotation_clip=False)
 
-# %% ../nbs/03_plots.ipynb #c013
-DASHES = ("-", "--", ":")  # when the colours are used up
-
 def _same_n(runs: dict) -> int:
     "How many seeds every one of several groups has; 0 if they differ, or there is one."
     counts = {len(seeds) for seeds in runs.values()}
     return counts.pop() if len(runs) > 1 and len(counts) == 1 and min(counts) > 1 else 0
 
+def _with_band(x: str, bands: list[bool], same_n: int, more: str = "") -> str:
+    "The words of an axis: what a band is, where one is drawn, and that a line may have none."
+    if not any(bands): return x
+    return f"{x} ({f'{same_n} seeds each; ' if same_n else ''}band: 95 % interval of the mean{'' if all(bands) else ', none for one seed'}{more})"
+
+# %% ../nbs/03_plots.ipynb #c013
+DASHES = ("-", "--", ":")  # when the colours are used up
+
 def _panel(ax, runs: dict, key: str, x: str) -> None:
-    ends, unit, same_n = [], UNITS.get(key.split("/")[-1], ""), _same_n(runs)
+    ends, bands, unit, same_n = [], [], UNITS.get(key.split("/")[-1], ""), _same_n(runs)
     for i, (name, seeds) in enumerate(runs.items()):
         at, mean, half = _line(seeds, key, x)
         finite = np.isfinite(mean)
         if not finite.any(): continue
         colour = COLOURS[i % len(COLOURS)]
         ax.plot(at, mean, color=colour, linestyle=DASHES[i // len(COLOURS) % 3], marker="o" if finite.sum() == 1 else None)
-        if len(seeds) > 1: ax.fill_between(at, mean - half, mean + half, color=colour, alpha=.2, linewidth=0)
+        bands.append(bool(np.isfinite(half).any()))
+        if bands[-1]: ax.fill_between(at, mean - half, mean + half, color=colour, alpha=.2, linewidth=0)
         ends.append((f"{name} ({len(seeds)} seeds)" if len(seeds) > 1 and not same_n else name, at[finite][-1], mean[finite][-1], colour))
-    band = any(len(seeds) > 1 for seeds in runs.values())
-    ax.set(xlabel=f"{x} ({f'{same_n} seeds each; ' if same_n else ''}band: 95 % interval of the mean)" if band else x, ylabel=f"{metric_words(key)}{f' ({unit})' if unit else ''}")
+    ax.set(xlabel=_with_band(x, bands, same_n), ylabel=f"{metric_words(key)}{f' ({unit})' if unit else ''}")
     if not ends:
         ax.set_title(f"{metric_words(key)}: nothing recorded")
         return
@@ -456,17 +461,18 @@ def robustness_curves(runs: dict,              # name -> {kind: [accuracy, clean
     fig = Picture(figsize=(max(4.6, 3.3 * len(kinds)), 2.8 + .3 * bool(title)), layout="constrained")
     axes = fig.subplots(1, len(kinds), sharey=True, squeeze=False)[0]
     for ax, kind in zip(axes, kinds):
-        ends, same_n = [], _same_n(runs)
+        ends, bands, cut, same_n = [], [], False, _same_n(runs)
         for i, (name, seeds) in enumerate(runs.items()):
             values = [[_number(v) for v in results[kind]] for results in seeds if kind in results]
             if not values: continue
             if any(len(v) != len(x) for v in values): raise LabError(f"{name}, {kind}: {', '.join(str(len(v)) for v in values)} accuracies; expected {len(x)}, clean first")
             (mean, half), colour = t_interval(values), COLOURS[i % len(COLOURS)]
             ax.plot(x, mean, "o-", markersize=3, color=colour)
-            if len(values) > 1: ax.fill_between(x, mean - half, mean + half, color=colour, alpha=.2, linewidth=0)
+            bands.append(bool(np.isfinite(half).any()))
+            if bands[-1]: ax.fill_between(x, mean - half, mean + half, color=colour, alpha=.2, linewidth=0)
+            cut |= bool((mean + half > 1).any() or (mean - half < 0).any())
             ends.append((f"{name} ({len(values)} seeds)" if len(values) > 1 and not same_n else name, x[-1], mean[-1], colour, mean[0]))
-        band = any(len(seeds) > 1 for seeds in runs.values())
-        ax.set(xlabel=f"severity ({f'{same_n} seeds each; ' if same_n else ''}band: 95 % interval)" if band else "severity", ylim=(0, 1.02), xticks=x)
+        ax.set(xlabel="\n".join(textwrap.wrap(_with_band("severity", bands, same_n, "; it goes on beyond 0 or 1" if cut else ""), 46)), ylim=(0, 1.02), xticks=x)
         name, _, value, _, clean = max(ends, key=lambda e: -1 if math.isnan(e[2]) else e[2])
         ax.set_title(f"{kind}: {100 * clean:.1f} % become {100 * value:.1f} %" if len(runs) == 1 else f"{kind}, severity {x[-1]}: best is\n{name}, {100 * value:.1f} %")
         if len(runs) > 1 and ax is axes[-1]: label_ends(ax, [(label, at, 0. if math.isnan(end) else end, colour) for label, at, end, colour, _ in ends])
@@ -556,29 +562,27 @@ def channel_grid(maps,            # [C, H, W], as analysis.channel_maps gives th
     return fig
 
 # %% ../nbs/03_plots.ipynb #c071
-def _lines(ax, lines: dict, what: str, ratios: bool) -> dict:
-    "Draw {name: (x, y)} with the names at the ends; gives back what was drawn. A value that is not finite leaves a gap."
-    if not lines: raise LabError(f"{what} got nothing to draw; give {{name: (x, losses)}}")
-    drawn, ends = {}, []
-    for i, (name, (x, y)) in enumerate(lines.items()):
-        x, y = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
-        if x.shape != y.shape or x.ndim != 1 or len(x) < 2: raise LabError(f"{what}, {name}: {x.shape} places and {y.shape} losses; expected two lists of the same length, at least 2")
-        drawn[name] = x, np.where(np.isfinite(y), y, np.nan)
-        ax.plot(*drawn[name], color=COLOURS[i % len(COLOURS)], linestyle=("-", "--", ":")[i // len(COLOURS) % 3])
-        there = np.flatnonzero(np.isfinite(y))
-        if len(there): ends.append((name, x[there[-1]], y[there[-1]], COLOURS[i % len(COLOURS)]))
-    values = np.concatenate([y[np.isfinite(y)] for _, y in drawn.values()])
-    if ratios and len(values) and values.min() > 0 and values.max() > 30 * values.min(): ax.set_yscale("log")
-    label_ends(ax, ends)
-    return drawn
+def _checked_line(what: str, name: str, x, y) -> tuple:
+    "Places and losses as arrays; a loss that is not finite is nan, and leaves a gap."
+    x, y = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
+    if x.shape != y.shape or x.ndim != 1 or len(x) < 2: raise LabError(f"{what}, {name}: {x.shape} places and {y.shape} losses; expected two lists of the same length, at least 2")
+    return x, np.where(np.isfinite(y), y, np.nan)
 
 @styled
 def loss_slices(slices: dict,    # name -> (steps, losses), as analysis.loss_slice gives them
                ) -> Figure:
     "Loss along a line through each solution; the title says which one rises least."
+    if not slices: raise LabError("loss_slices got nothing to draw; give {name: (steps, losses)}")
     fig = Picture(figsize=(6, 3), layout="constrained")
-    ax = fig.subplots()
-    drawn = _lines(ax, slices, "loss_slices", ratios=True)
+    ax, ends = fig.subplots(), []
+    drawn = {name: _checked_line("loss_slices", name, *line) for name, line in slices.items()}
+    for i, (name, (x, y)) in enumerate(drawn.items()):
+        colour, there = COLOURS[i % len(COLOURS)], np.flatnonzero(np.isfinite(y))
+        ax.plot(x, y, color=colour, linestyle=DASHES[i // len(COLOURS) % 3])
+        if len(there): ends.append((name, x[there[-1]], y[there[-1]], colour))
+    values = np.concatenate([y[np.isfinite(y)] for _, y in drawn.values()])
+    if len(values) and values.min() > 0 and values.max() > 30 * values.min(): ax.set_yscale("log")
+    label_ends(ax, ends)
     rises = {n: (y[0] + y[-1]) / 2 - y[np.abs(x).argmin()] for n, (x, y) in drawn.items()}
     finite = {n: r for n, r in rises.items() if math.isfinite(r)}
     flattest = min(finite, key=finite.get, default=None)
@@ -588,21 +592,32 @@ def loss_slices(slices: dict,    # name -> (steps, losses), as analysis.loss_sli
     ax.set(xlabel="step (1: every filter moves by its own norm)", ylabel="loss")
     return fig
 
+# %% ../nbs/03_plots.ipynb #c084
 @styled
-def barrier_curves(curves: dict,    # name -> (alphas, losses), as analysis.barrier gives them
+def barrier_curves(curves: dict,    # name -> (alphas, losses), as analysis.barrier gives them, or a list of such, one a pair
                   ) -> Figure:
-    "Loss on the way between two solutions, over the straight line between its ends; the title says where the barrier is highest."
-    fig = Picture(figsize=(6, 3), layout="constrained")
-    ax = fig.subplots()
-    drawn, barriers = _lines(ax, curves, "barrier_curves", ratios=False), {}  # a barrier is a difference: a logarithmic axis would hide its height
-    for i, (name, (x, y)) in enumerate(drawn.items()):
-        chord = y[0] + (x - x[0]) / (x[-1] - x[0]) * (y[-1] - y[0])
-        ax.plot(x, chord, color=COLOURS[i % len(COLOURS)], linewidth=.8, linestyle=":")
-        if math.isfinite(height := np.nanmax(y - chord) if np.isfinite(y - chord).any() else math.nan): barriers[name] = height
+    "How far the loss on the way between two solutions lies above the straight line between its ends: a thin line a pair, a thick one for their mean. A barrier is the highest point of a pair's own line; title and labels have the mean of these."
+    if not curves: raise LabError("barrier_curves got nothing to draw; give {name: (alphas, losses)}")
+    fig = Picture(figsize=(max(6.4, 4.6 + .11 * max(map(len, curves))), max(3, .4 + .28 * len(curves))), layout="constrained")
+    ax, ends, barriers, most = fig.subplots(), [], {}, 1
+    for i, (name, pairs) in enumerate(curves.items()):
+        colour, rises = COLOURS[i % len(COLOURS)], []
+        for x, y in (_checked_line("barrier_curves", name, *line) for line in (pairs if isinstance(pairs, list) else [pairs])):
+            if rises and not np.array_equal(x, at): raise LabError(f"barrier_curves, {name}: pairs were walked at different places; expected the same alphas for all")
+            at, rise = x, y - y[0] - (x - x[0]) / (x[-1] - x[0]) * (y[-1] - y[0])
+            rises.append(rise)
+        most = max(most, len(rises))
+        finite = [rise for rise in rises if np.isfinite(rise).all()]
+        if len(rises) > 1: ax.plot(at, np.transpose(rises), color=colour, linewidth=.6, alpha=.5)
+        mean = np.mean(finite, 0) if finite else np.full(len(at), np.nan)
+        ax.plot(at, mean, color=colour, linestyle=DASHES[i // len(COLOURS) % 3])
+        if finite: barriers[name] = float(np.mean([rise.max() for rise in finite]))
+        ends.append((f"{name}: {barriers[name]:.3g}" if finite else f"{name}: not finite", at[-1], 0., colour))
+    label_ends(ax, ends)
     highest = max(barriers, key=barriers.get, default=None)
-    rest = [b for n, b in barriers.items() if n != highest]
-    ax.set_title((f"{highest}: a barrier of {barriers[highest]:.3g}" + (f", the others up to {max(rest):.3g}" if rest else "")) if barriers else "No loss is finite at both ends")
-    ax.set(xlabel="α (0: the first solution, 1: the second; dotted: no barrier)", ylabel="loss")
+    rest, of = [b for n, b in barriers.items() if n != highest], " (mean over pairs)" if most > 1 else ""
+    ax.set_title((f"{highest}: a barrier of {barriers[highest]:.3g}{of}" + (f",\nthe others up to {max(rest):.3g}" if rest else "")) if barriers else "No loss is finite on the whole way")
+    ax.set(xlabel="α (0: the first solution, 1: the second)" + ("; thin: a pair, thick: their mean" if most > 1 else ""), ylabel="loss above the straight line")
     return fig
 
 # %% ../nbs/03_plots.ipynb #c074

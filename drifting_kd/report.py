@@ -12,11 +12,11 @@ from .core import Config, LabError, Parameters, check_run_name, git_state, param
 from .plots import direction_of, first_reach, metric_words, overlapping, save_figure, t_interval
 
 # %% auto #0
-__all__ = ['NOT_SETTINGS', 'ABSENT', 'JUDGED_BY', 'COUNTED', 'Record', 'Records', 'read_record', 'find_runs', 'differences',
-           'group_runs', 'run_table', 'conditions', 'check_comparable', 'environment_facts', 'environment_warnings',
-           'seed_values', 'summarise', 'interval_text', 'result_table', 'sign_flip', 'paired', 'holm', 'paired_table',
-           'to_target', 'best_values', 'default_target', 'target_table', 'target_text', 'describe_pair',
-           'cannot_conclude', 'write_report', 'ReportConfig']
+__all__ = ['NOT_SETTINGS', 'ABSENT', 'JUDGED_BY', 'COUNTED', 'SHARES', 'Record', 'Records', 'read_record', 'find_runs',
+           'differences', 'group_runs', 'run_table', 'conditions', 'check_comparable', 'environment_facts',
+           'environment_warnings', 'seed_values', 'summarise', 'interval_text', 'result_table', 'sign_flip', 'paired',
+           'holm', 'paired_table', 'to_target', 'best_values', 'default_target', 'target_table', 'target_text',
+           'describe_pair', 'cannot_conclude', 'write_report', 'ReportConfig']
 
 # %% ../nbs/09_report.ipynb #c006
 @dataclass
@@ -258,6 +258,7 @@ def default_target(groups: dict, key: str, direction: str = "") -> float:
     never = -math.inf if up else math.inf
     medians = [float(np.median([never if math.isnan(v) else v for v in best_values(records, key, direction)])) if len(records) % 2 else
                sorted((never if math.isnan(v) else v for v in best_values(records, key, direction)), reverse=up)[len(records) // 2 - 1] for records in groups.values()]  # even n: a value that was reached, not one between two
+    if lost := [label for label, median in zip(groups, medians) if math.isinf(median)]: raise LabError(f"half of the seeds of {', '.join(lost)} or more have no {metric_words(key)} that is a number, so there is no target that the group reaches; give one (target), or leave the group out")
     return (min if up else max)(medians)
 
 def target_table(groups: dict, key: str, target: float, direction: str = ""):
@@ -301,6 +302,8 @@ def describe_pair(row) -> str:
     else: verdict = "no difference is shown, and none is ruled out inside the interval"
     return f"{numbers}: {verdict}."
 
+SHARES = ("accuracy", "f1", "auroc", "ece")  # last words of metrics that lie between 0 and 1
+
 def cannot_conclude(groups: dict, summary, pairs: list, by: tuple = ()) -> list[str]:
     "What these runs do not say, a sentence each."
     import pandas as pd
@@ -311,6 +314,7 @@ def cannot_conclude(groups: dict, summary, pairs: list, by: tuple = ()) -> list[
     for key, rows in summary.groupby("metric", sort=False):
         for _, row in rows[rows["mean"].isna()].iterrows(): said.append(f"{row['group']} has a seed whose {metric_words(key)} is not a number, so the group has no mean.")
         for _, row in rows[(rows.n > 1) & (rows["min"] == rows["max"])].iterrows(): said.append(f"All {row['n']} seeds of {row['group']} have the same {metric_words(key)}, so its interval has no width; the value is still not known exactly.")
+        if key.split("/")[-1].split("_")[-1] in SHARES and (beyond := [str(row["group"]) for _, row in rows.iterrows() if row["low"] < 0 or row["high"] > 1]): said.append(f"{metric_words(key).capitalize()}: the interval of {', '.join(beyond)} goes beyond 0 or 1, where no value can be; it is printed and drawn as computed, not cut: so few seeds so far apart say no more.")
         touching = [f"{a['group']} and {b['group']}" for (_, a), (_, b) in itertools.combinations(rows.iterrows(), 2) if overlapping((a["low"], a["high"]), (b["low"], b["high"]))]  # nan overlaps nothing
         if touching: said.append(f"{metric_words(key).capitalize()}: the intervals of {'; '.join(touching)} overlap; alone they do not order these groups, nor do they show them equal.")
     table = pd.concat(pairs) if pairs else pd.DataFrame()
