@@ -317,10 +317,11 @@ class Infinity(NamedTuple):
 
 def fd_infinity(reference: Stats, features: Tensor, # of the images to judge, [N, D]
                 points: int = 15, seed: int = 0) -> Infinity:
-    "The Fréchet distance extrapolated to endlessly many images, from seeded subsets of a tenth to all of them."
+    "The Fréchet distance extrapolated to endlessly many images, from seeded subsets of a tenth (but at least 4 a dimension) to all of them."
     _, features = _two(reference.mu[None], features, least=1)
-    if len(features) < 20 or points < 2: raise LabError(f"{len(features)} images, {points} points: a line needs at least 20 images and 2 points")
-    sizes = [round(float(s)) for s in np.linspace(len(features) / 10, len(features), points)]
+    least = max(20, 8 * reference.dims)
+    if len(features) < least or points < 2: raise LabError(f"FD-infinity of {len(features):,} images at {points} points: expected at least {least:,} images, 8 for each of {reference.dims:,} dimensions (with fewer the distance is no line in 1/n), and 2 points")
+    sizes = [round(float(s)) for s in np.linspace(max(len(features) / 10, 4 * reference.dims), len(features), points)]
     chosen = [features[torch.randperm(len(features), generator=generator(seed, i))[:s].to(features.device)] for i, s in enumerate(sizes)]
     distances = [reference.distance(Stats.from_moments(Moments(reference.dims, part.device).add(part), reference)) for part in chosen]
     slope, value = np.polyfit(1 / np.array(sizes), distances, 1)
