@@ -244,11 +244,15 @@ def load_stats(path: str | Path,
     text = {k: str(found[k]) for k in ("extractor", "sha256", "mode") if k in found and found[k].dtype.kind == "U"}
     if not text.get("mode") and (named := re.search("_(clean|legacy_tensorflow|legacy_pytorch)_", Path(path).name)): text["mode"] = named[1]
     feats = torch.from_numpy(found["feats"]).float() if "feats" in found and found["feats"].dtype.kind == "f" and found["feats"].ndim == 2 else None
+    if feats is not None and not feats.isfinite().all(): raise bad("feats that are not finite")
     if "mu" in found and "sigma" in found:
         mu, sigma = found["mu"], found["sigma"]
         if mu.dtype.kind != "f" or sigma.dtype.kind != "f" or mu.ndim != 1 or sigma.shape != mu.shape * 2: raise bad(f"mu {mu.dtype} {mu.shape}, sigma {sigma.dtype} {sigma.shape}")
         if not (np.isfinite(mu).all() and np.isfinite(sigma).all()): raise bad("numbers that are not finite")
+        if not np.allclose(sigma, sigma.T, rtol=1e-4, atol=1e-6 * np.abs(sigma).max(initial=0)): raise bad("a sigma that is not symmetric")
+        if feats is not None and feats.shape[1] != len(mu): raise bad(f"feats of {feats.shape[1]} dimensions, mu of {len(mu)}")
         n = int(found["n"]) if "n" in found and found["n"].dtype.kind in "iu" and found["n"].ndim == 0 else len(feats) if feats is not None else 0
+        if n < 0 or feats is not None and n != len(feats): raise bad(f"n={n}{f', {len(feats)} rows of feats' if feats is not None else ''}")
         stats = Stats(torch.from_numpy(mu).double(), torch.from_numpy(sigma).double(), n, features=feats, **text)
     elif feats is not None:
         stats = Stats.of(feats)
@@ -262,6 +266,7 @@ def _two(real: Tensor, fake: Tensor, least: int = 2) -> tuple[Tensor, Tensor]:
     "Both in float64 on the device of the first, after a look at their shapes."
     if real.ndim != 2 or fake.ndim != 2 or real.shape[1] != fake.shape[1]: raise LabError(f"features of shape {tuple(real.shape)} and {tuple(fake.shape)}; expected [N, D] and [M, D]")
     if min(len(real), len(fake)) < least: raise LabError(f"{len(real)} and {len(fake)} images; at least {least} of each are needed")
+    if not (real.isfinite().all() and fake.isfinite().all()): raise LabError("features are not finite; look at the images and at the judge's weights")
     device = "cpu" if real.device.type == "mps" else real.device
     return real.to(device, torch.float64), fake.to(device, torch.float64)
 
