@@ -800,7 +800,7 @@ def _score(name: Callable, measure: Callable, key: tuple, real, fake, extractor,
         low, m = measure(real, other)[0], other.n
         if m != fake.n: notes.append(f"the floor is for {m:,} images, the distance for {fake.n:,}")
     for who, stats in (("generated", fake), ("real", real)):
-        if 0 < stats.n < 2 * judge.dims: notes.append(f"{stats.n:,} {who} images for {judge.dims:,} dimensions: fewer than twice as many, so the distance is mostly their number's doing")
+        if key[0] == "fd" and 0 < stats.n < 2 * judge.dims: notes.append(f"{stats.n:,} {who} images for {judge.dims:,} dimensions: fewer than twice as many, so the distance is mostly their number's doing")
     if not (real.extractor and real.sha256): notes.append("the reference does not say which judge made it; taken on trust")
     return Score(name(judge), value, low, spread, m, real.n, fake.n, judge.dims, judge.name, judge.sha256, judge.mode, error, std, notes, by_class)
 
