@@ -44,6 +44,7 @@ def to_uint8(images,          # tensor, array or list: [N, H, W, C], [N, C, H, W
     "Images as the bytes that a PNG file would hold."
     if scale not in SCALES: raise unknown("scale", scale, SCALES)
     x = _as_tensor(images)
+    if x.ndim == 3 and 3 in (x.shape[0], x.shape[-1]): raise LabError(f"images of shape {tuple(x.shape)}: a single colour image? add a batch axis; grey ones as [N, H, W, 1]")
     if x.ndim == 3: x = x[..., None]
     if x.ndim != 4 or not {x.shape[-1], x.shape[1]} & {1, 3}: raise LabError(f"images of shape {tuple(x.shape)}; expected [N, H, W, C] or [N, C, H, W] with 1 or 3 channels")
     if x.shape[-1] not in (1, 3): x = x.permute(0, 2, 3, 1)
@@ -691,7 +692,9 @@ def images_of(source,               # tensor, array, Split, folder, .zip, .npz, 
         if not n: raise LabError("a sampler makes as many images as it is told: give n")
         for i, start in enumerate(range(0, n, batch_size)):
             size = min(batch_size, n - start)
-            with torch.no_grad(): x = to_uint8(source(size, generator(seed, i)), scale or "signed")
+            with torch.no_grad(): made = _as_tensor(source(size, generator(seed, i)))
+            if not (i or scale) and made.is_floating_point() and made.numel() and made.min() >= 0: warnings.warn("no pixel of the sampler's is negative, and they are read as [-1, 1]; for pixels in [0, 1] give scale='unit'")
+            x = to_uint8(made, scale or "signed")
             if len(x) != size: raise LabError(f"the sampler gave {len(x)} images instead of {size}")
             yield x
         return
