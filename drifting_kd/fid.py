@@ -633,6 +633,10 @@ def vit(model: str = "vit_small_patch14_dinov2.lvd142m", # DINOv2; any vision tr
 EXTENSIONS = {".bmp", ".jpg", ".jpeg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 KEYS = ("x", "images", "arr_0")  # of a .npz
 
+def _shown(name: str | Path) -> bool:
+    "An image by its name, and not what a Mac or an editor put beside it."
+    return Path(name).suffix.lower() in EXTENSIONS and not any(part[0] == "." or part == "__MACOSX" for part in Path(name).parts)
+
 class _Files:
     "Image files that all have one size, decoded when they are asked for."
     def __init__(self, names: list, read: Callable, where):
@@ -667,11 +671,11 @@ def _open(source, scale: str) -> tuple[int, Callable]:
     if isinstance(source, (str, Path)):
         path = Path(source)
         if not path.exists(): raise LabError(f"{path} does not exist; give a folder or zip of images, a .npz, a run, or a data set's split such as digits:test")
-        if path.is_dir(): files = _Files(sorted(p for p in path.rglob("*") if p.suffix.lower() in EXTENSIONS), lambda p: p.read_bytes(), path)
+        if path.is_dir(): files = _Files(sorted(p for p in path.rglob("*") if _shown(p.relative_to(path))), lambda p: p.read_bytes(), path)
         elif path.suffix == ".zip":
             try: archive = zipfile.ZipFile(path)
             except (zipfile.BadZipFile, OSError) as e: raise LabError(f"{path} is not a zip file that can be read ({e}); make it again") from None
-            files = _Files(sorted(n for n in archive.namelist() if Path(n).suffix.lower() in EXTENSIONS), archive.read, path)
+            files = _Files(sorted(n for n in archive.namelist() if _shown(n)), archive.read, path)
         elif path.suffix in (".npz", ".npy"): files, source = None, _array_in(path)
         else: raise LabError(f"{path}: expected a folder of images, a .zip of them, a .npz or a .npy")
         if files: return len(files.names), files
