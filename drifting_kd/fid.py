@@ -378,7 +378,7 @@ def variance_ratio(real: Tensor, real_labels: Tensor, # features [N, D], labels 
     if len(real) != len(real_labels) or len(fake) != len(fake_labels):
         raise LabError(f"{len(real)} and {len(fake)} images with {len(real_labels)} and {len(fake_labels)} labels; expected a label for each")
     inside, weight = {}, {}
-    for c in real_labels.unique().tolist():
+    for c in sorted({*real_labels.unique().tolist(), *fake_labels.unique().tolist()}):
         parts = [v[(labels == c).to(v.device)] for v, labels in ((real, real_labels), (fake, fake_labels))]
         if min(map(len, parts)) < 2: raise LabError(f"class {c}: {len(parts[0])} real and {len(parts[1])} generated images; a variance needs two of each")
         inside[c], weight[c] = tuple(p.var(0).sum().item() for p in parts), len(parts[0])
