@@ -5,7 +5,7 @@
 # %% ../nbs/06_fid.ipynb #c002
 from __future__ import annotations
 import contextlib, functools, hashlib, importlib.resources, io, math, os, re, urllib.request, warnings, zipfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Callable, Iterator, NamedTuple
 import numpy as np
@@ -192,7 +192,7 @@ class Stats:
     sha256: str = ""
     mode: str = ""                  # of resizing
     features: Tensor | None = None  # fp32 [n, D]
-    labels: Tensor | None = None    # of each row of features; where both sides have them, the floor's parts have equal shares of classes
+    labels: Tensor | None = None    # of each row of features; where real images have them, the floor's parts have equal shares of classes
     floors: dict = field(default_factory=dict, repr=False, compare=False)  # what `fid` and `kid` have measured between parts of these images
 
     @property
@@ -216,12 +216,18 @@ class Stats:
         _same_judge(self, other)
         return frechet_distance(self.mu, self.sigma, other.mu, other.sigma, self.half)
 
+    def part(self, n: int) -> Stats:
+        "Of the first n images; where labels are known, of n with the same shares of classes."
+        rows = torch.arange(n) if self.labels is None else self.labels.argsort(stable=True)[torch.linspace(0, self.n - 1, n, dtype=torch.float64).round().long()]
+        return Stats.of(self.features[rows].to(self.mu.device), self)
+
     def save(self, path: str | Path, features: bool = False) -> None: # features: them too (`feats`), for KID and neighbours
         "Write a .npz that `load_stats` and clean-fid read."
         if Path(path).suffix != ".npz": raise LabError(f"{path}: expected a name that ends in .npz")
         if features and self.features is None: raise LabError("these statistics have no features; make them with keep=True")
         arrays = dict(mu=self.mu.cpu().numpy(), sigma=self.sigma.cpu().numpy(), n=np.int64(self.n), extractor=np.array(self.extractor), sha256=np.array(self.sha256), mode=np.array(self.mode))
-        with atomic_write(path) as f: np.savez_compressed(f, **arrays, **({"feats": self.features.cpu().numpy()} if features else {}))
+        if features: arrays |= dict(feats=self.features.cpu().numpy()) | ({} if self.labels is None else dict(labels=self.labels.cpu().numpy()))
+        with atomic_write(path) as f: np.savez_compressed(f, **arrays)
 
 def _judge(source) -> dict:
     if source is None: return {}
@@ -259,6 +265,9 @@ def load_stats(path: str | Path,
         stats = Stats.of(feats)
         for key, value in text.items(): setattr(stats, key, value)
     else: raise bad(f"holds {', '.join(sorted(found)[:5]) or 'nothing'}")
+    if feats is not None and "labels" in found:
+        if found["labels"].dtype.kind not in "iu" or found["labels"].shape != feats.shape[:1] or found["labels"].min(initial=0) < 0: raise bad(f"labels {found['labels'].dtype} {found['labels'].shape}, {len(feats)} rows of feats")
+        stats.labels = torch.from_numpy(found["labels"].astype(np.int64))
     if judge is not None: _same_judge(judge, stats)
     return stats
 
@@ -654,7 +663,8 @@ class _Files:
             except Exception as e: raise LabError(f"{name} is not an image that can be read ({type(e).__name__}: {' '.join(str(e).split())[:120]}); repair or remove it") from None  # decoders fail in any way
             self.size = self.size or found[-1].shape[:2]
             if found[-1].shape[:2] != self.size: raise LabError(f"{name} is {found[-1].shape[1]}x{found[-1].shape[0]}, others {self.size[1]}x{self.size[0]}: mixed sizes; bring them to one size first")
-        if len({f.ndim for f in found}) > 1: found = [f if f.ndim == 3 else np.repeat(f[..., None], 3, 2) for f in found]
+        found = [f if f.ndim == 3 else f[..., None] for f in found]
+        if len({f.shape[2] for f in found}) > 1: found = [np.broadcast_to(f, (*self.size, 3)) for f in found]
         return to_uint8(torch.from_numpy(np.stack(found)))
 
 def _array_in(path: Path) -> np.ndarray:
@@ -684,6 +694,11 @@ def _open(source, scale: str) -> tuple[int, Callable]:
     return len(whole), lambda rows: to_uint8(whole[torch.as_tensor(rows, device=whole.device)], scale)
 
 # %% ../nbs/06_fid.ipynb #c067
+def _chosen(total: int, n: int, seed: int) -> list[int]:
+    "Which images of a source: all, or n at random in their order."
+    if n > total: raise LabError(f"n={n}, but there are {total} images")
+    return list(range(total)) if n in (0, total) else torch.randperm(total, generator=generator(seed))[:n].sort().values.tolist()
+
 def images_of(source,               # tensor, array, Split, folder, .zip, .npz, .npy, or f(n, generator) -> images
               n: int = 0,           # how many; 0 is all (a sampler needs a number)
               batch_size: int = 256,
@@ -703,9 +718,8 @@ def images_of(source,               # tensor, array, Split, folder, .zip, .npz, 
             yield x
         return
     total, fetch = _open(source, scale)
-    if n > total: raise LabError(f"n={n}, but there are {total} images")
-    rows = range(total) if n in (0, total) else torch.randperm(total, generator=generator(seed))[:n].sort().values.tolist()
-    for start in range(0, len(rows), batch_size): yield fetch(list(rows[start:start + batch_size]))
+    rows = _chosen(total, n, seed)
+    for start in range(0, len(rows), batch_size): yield fetch(rows[start:start + batch_size])
 
 # %% ../nbs/06_fid.ipynb #c072
 def as_extractor(extractor,        # an Extractor, "inception", "dinov2", "random", a shipped judge's name, or what `judge` takes
@@ -729,7 +743,7 @@ def holds_stats(source) -> bool:
 def reference_stats(source,                  # Stats, a .npz of them, or anything that images_of takes
                     extractor="inception",
                     n: int = 0, batch_size: int = 256, seed: int = 0, scale: str = "",
-                    keep: bool = False,      # the features too: KID, neighbours and the floor need them
+                    keep: bool = False,      # the features too (and a split's labels): KID, neighbours and the floor need them
                     mode: str = "", device="auto") -> Stats:
     "What a judge sees in a set of images."
     extractor = as_extractor(extractor, mode, device)
@@ -739,7 +753,8 @@ def reference_stats(source,                  # Stats, a .npz of them, or anythin
     if holds_stats(source): return load_stats(source, extractor)
     moments = Moments(extractor.dims, extractor.device, keep)
     for images in images_of(source, n, batch_size, seed, scale): moments.add(extractor(images))
-    return Stats.from_moments(moments, extractor)
+    labels = source.labels[_chosen(len(source), n, seed)] if keep and isinstance(source, Split) else None
+    return replace(Stats.from_moments(moments, extractor), labels=labels)
 
 # %% ../nbs/06_fid.ipynb #c075
 @dataclass
@@ -760,6 +775,7 @@ class Score:
     std: float | None = None
     warnings: list = field(default_factory=list)
     by_class: bool = False      # the floor's parts have equal shares of classes
+    at_floor_n: float | None = None # the value for floor_n of the fakes, where they are more and have features
 
     def row(self, name: str) -> dict:
         "As `plots.distance_dots` takes it."
@@ -767,7 +783,7 @@ class Score:
 
     def __str__(self) -> str:
         error = f" ± {self.error:.2g}" if self.error is not None else ""
-        floor = f"real against real{' with equal shares of classes' if self.by_class else ''} {self.floor:.4g}{f' ± {self.floor_std:.2g}' if self.floor_std else ''} at n={self.floor_n:,}" if self.floor is not None else "no floor"
+        floor = f"real against real{' with equal shares of classes' if self.by_class else ''} {self.floor:.4g}{f' ± {self.floor_std:.2g}' if self.floor_std else ''} at n={self.floor_n:,}{f'; {self.at_floor_n:.4g} for that many of these' if self.at_floor_n is not None else ''}" if self.floor is not None else "no floor"
         judge = f"{self.extractor}{', ' + self.mode if self.mode else ''}, {self.dims} dimensions, sha256 {self.sha256[:12]}"
         against = f"{self.n_real:,}" if self.n_real else "an unknown number"
         return "\n".join([f"{self.metric} {self.value:.4g}{error} ({floor}); n={self.n_fake:,} against {against}; {judge}", *(f"  warning: {w}" for w in self.warnings)])
@@ -775,8 +791,7 @@ class Score:
 # %% ../nbs/06_fid.ipynb #c076
 def _halves(real: Stats, n: int, seed: int, division: int, by_class: bool) -> tuple[Stats, Stats]:
     "The other real images, and n drawn at random, or with the classes' shares in both."
-    if not by_class or n < len(real.labels.unique()): chosen = torch.randperm(len(real.features), generator=generator(seed, 77, division))[:n]
-    else: chosen = stratified(real.labels, n, seed, 77, division)
+    chosen = stratified(real.labels, n, seed, 77, division) if by_class else torch.randperm(len(real.features), generator=generator(seed, 77, division))[:n]
     rest = torch.ones(len(real.features), dtype=torch.bool)
     rest[chosen] = False
     return tuple(Stats.of(real.features[rows].to(real.mu.device), real) for rows in (rest.nonzero().flatten(), chosen))
@@ -798,7 +813,8 @@ def _score(name: Callable, measure: Callable, key: tuple, real, fake, extractor,
     low, spread, m, notes, by_class = None, 0., 0, [], False
     if floor is True and real.features is None: notes.append("no floor: the reference has no features; give other real images as floor=")
     elif floor is True and (m := min(fake.n or real.n, len(real.features) // 2)) > 1:
-        by_class = real.labels is not None and fake.labels is not None
+        by_class = real.labels is not None and m >= len(real.labels.unique())
+        if by_class and fake.labels is None: notes.append("the floor's parts have equal shares of classes; the images that are judged have no labels, and what their shares differ adds to the distance")
         low, spread = _floor(measure, key, real, m, seed, divisions, by_class)
         if fake.n > m: notes.append(f"the floor is for {m:,} images, half of the real ones; at {fake.n:,} it would be lower")
     elif not isinstance(floor, bool):
@@ -806,10 +822,11 @@ def _score(name: Callable, measure: Callable, key: tuple, real, fake, extractor,
         other = see(floor, 0 if known else fake.n if callable(floor) else min(fake.n, _open(floor, "")[0]), keep)
         low, m = measure(real, other)[0], other.n
         if m != fake.n: notes.append(f"the floor is for {m:,} images, the distance for {fake.n:,}")
+    at = measure(real, fake.part(m))[0] if low is not None and m < fake.n and fake.features is not None else None
     for who, stats in (("generated", fake), ("real", real)):
         if key[0] == "fd" and 0 < stats.n < 2 * judge.dims: notes.append(f"{stats.n:,} {who} images for {judge.dims:,} dimensions: fewer than twice as many, so the distance is mostly their number's doing")
     if not (real.extractor and real.sha256): notes.append("the reference does not say which judge made it; taken on trust")
-    return Score(name(judge), value, low, spread, m, real.n, fake.n, judge.dims, judge.name, judge.sha256, judge.mode, error, std, notes, by_class)
+    return Score(name(judge), value, low, spread, m, real.n, fake.n, judge.dims, judge.name, judge.sha256, judge.mode, error, std, notes, by_class, at)
 
 # %% ../nbs/06_fid.ipynb #c077
 def fid(real,                    # Stats, a .npz of them, or anything that images_of takes
