@@ -820,6 +820,7 @@ def _score(name: Callable, measure: Callable, key: tuple, real, fake, extractor,
     elif not isinstance(floor, bool):
         known = isinstance(floor, Stats) or holds_stats(floor)
         other = see(floor, 0 if known else fake.n if callable(floor) else min(fake.n, _open(floor, "")[0]), keep)
+        if other.n > fake.n and other.features is not None: other = other.part(fake.n)
         low, m = measure(real, other)[0], other.n
         if m != fake.n: notes.append(f"the floor is for {m:,} images, the distance for {fake.n:,}")
     at = measure(real, fake.part(m))[0] if low is not None and m < fake.n and fake.features is not None else None
