@@ -13,7 +13,7 @@ import numpy as np, torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from asked import asked
 from drifting_kd.core import environment, generator, import_torchvision, write_json
-from drifting_kd.fid import Extractor, Moments, covariance_half, fid, frechet_distance, images_of, random_extractor, resize_for
+from drifting_kd.fid import Extractor, Moments, covariance_half, fid, frechet_distance, images_of, kernel_distance, random_extractor, resize_for
 
 def cpu(work) -> float:
     begun = time.process_time()
@@ -109,6 +109,10 @@ def agreement(dims: int, folder: Path) -> dict:
     judge, real = random_extractor(32, "clean"), torch.randint(0, 256, (300, 32, 32, 3), dtype=torch.uint8, generator=generator(10))
     streamed, files = (fid(real, source, judge, floor=False).value for source in (pixels, folder))
     rows["distance, streamed and from PNG files"] = abs(streamed / files - 1)
+    features = [judge(x).double().numpy() for x in (real, pixels)]
+    rows["distance, same features (its fid_from_feats)"] = abs(fid(real, pixels, judge, floor=False).value / theirs.fid_from_feats(*features) - 1)
+    x, y = torch.from_numpy(features[0]), torch.from_numpy(features[1])
+    rows["kernel distance, same features"] = abs(kernel_distance(x, y, 2).value / theirs.kernel_distance(*features, num_subsets=2, max_subset_size=len(x)) - 1)
     return rows
 
 def main() -> None:
