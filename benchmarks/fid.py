@@ -6,14 +6,14 @@ Noise images. clean-fid reads them as PNG files through its own data set and loa
 sampler. The network is left out on both sides: its place is taken by features that are already there. All ways take turns and CPU time is counted, so
 a busy machine hurts them alike. The trace term is for two covariances of rectified features; half of the reference is computed once, as for a run's checkpoints.
 """
-import statistics, sys, tempfile, time, warnings
+import hashlib, statistics, sys, tempfile, time, warnings
 from pathlib import Path
 import numpy as np, torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from asked import asked
 from drifting_kd.core import environment, generator, import_torchvision, write_json
-from drifting_kd.fid import Extractor, Moments, covariance_half, fid, frechet_distance, images_of, random_extractor, resize_for
+from drifting_kd.fid import WEIGHTS, Extractor, Moments, covariance_half, fid, frechet_distance, images_of, inception, kernel_distance, random_extractor, resize_for
 
 def cpu(work) -> float:
     begun = time.process_time()
@@ -83,6 +83,28 @@ def trace_term(dims: int, repeats: int) -> dict:
     rows = against(in_turns({"sqrtm": theirs, "ours": ours, "half_of_the_reference_once": lambda: covariance_half(S1)}, repeats), "sqrtm")
     return {"dims": dims, "ways": rows, "relative_difference": abs(value["ours"] / value["sqrtm"] - 1)}
 
+class StandIn(torch.nn.Module):
+    "Random weights with the parts of NVIDIA's TorchScript Inception, which resizes like TensorFlow 1 inside."
+    def __init__(self):
+        super().__init__()
+        self.layers = torch.nn.Sequential(torch.nn.Conv2d(3, 32, 13, 13), torch.nn.ReLU(), torch.nn.AdaptiveAvgPool2d(8), torch.nn.Flatten())
+    def forward(self, img, return_features: bool = False):
+        theta = torch.eye(2, 3)
+        theta[0, 2] += theta[0, 0] / img.shape[3] - theta[0, 0] / 299
+        theta[1, 2] += theta[1, 1] / img.shape[2] - theta[1, 1] / 299
+        grid = torch.nn.functional.affine_grid(theta[None].repeat(img.shape[0], 1, 1), [img.shape[0], 3, 299, 299], align_corners=False)
+        return self.layers((torch.nn.functional.grid_sample(img, grid, mode="bilinear", padding_mode="border", align_corners=False) - 128) / 128)
+
+def stand_in_features(folder: Path, images: torch.Tensor) -> float:
+    "Largest relative difference of features of the stand-in, read by our loader and by clean-fid's, in legacy_tensorflow."
+    from cleanfid.inception_torchscript import InceptionV3W
+    torch.manual_seed(0)
+    file = folder / "inception-2015-12-05.pt"
+    torch.jit.script(StandIn().eval()).save(str(file))
+    WEIGHTS[file.name] = "", hashlib.sha256(file.read_bytes()).hexdigest()
+    with torch.no_grad(): theirs = InceptionV3W(str(folder), download=False, resize_inside=True)(images.permute(0, 3, 1, 2).float())
+    return ((inception("legacy_tensorflow", folder, "cpu", download=False)(images) - theirs).abs().max() / theirs.abs().max()).item()
+
 def agreement(dims: int, folder: Path) -> dict:
     "Largest difference of resized pixels on a scale of 0 to 255, and of distances on the same features and images, relative, from clean-fid's own functions."
     import_torchvision()
@@ -109,6 +131,11 @@ def agreement(dims: int, folder: Path) -> dict:
     judge, real = random_extractor(32, "clean"), torch.randint(0, 256, (300, 32, 32, 3), dtype=torch.uint8, generator=generator(10))
     streamed, files = (fid(real, source, judge, floor=False).value for source in (pixels, folder))
     rows["distance, streamed and from PNG files"] = abs(streamed / files - 1)
+    features = [judge(x).double().numpy() for x in (real, pixels)]
+    rows["distance, same features (its fid_from_feats)"] = abs(fid(real, pixels, judge, floor=False).value / theirs.fid_from_feats(*features) - 1)
+    x, y = torch.from_numpy(features[0]), torch.from_numpy(features[1])
+    rows["kernel distance, same features"] = abs(kernel_distance(x, y, 2).value / theirs.kernel_distance(*features, num_subsets=2, max_subset_size=len(x)) - 1)
+    with tempfile.TemporaryDirectory() as weights: rows["features of a TorchScript stand-in, legacy_tensorflow"] = stand_in_features(Path(weights), pixels[:20])
     return rows
 
 def main() -> None:
@@ -117,7 +144,7 @@ def main() -> None:
     if args.out.is_dir(): args.out = args.out / ("fid_agreement.json" if args.agreement else "fid.json")
     if args.agreement:
         with tempfile.TemporaryDirectory() as folder: rows = agreement(args.dims, Path(folder))
-        for name, value in rows.items(): print(f"{name:40}{value:.1e}")
+        for name, value in rows.items(): print(f"{name:58}{value:.1e}")
         return write_json(args.out, {"what": "largest difference from clean-fid: pixels on a scale of 0 to 255, distances relative", "dims": args.dims, "rows": rows, "environment": environment()})
     result = {"what": "CPU time of everything but the network, and of the trace term", "repeats": args.repeats, "threads": args.threads,
               "pixels": everything_but_the_network(args.images, args.size, args.dims, args.repeats), "trace": trace_term(args.dims, args.repeats), "environment": environment()}

@@ -10,9 +10,9 @@ from .core import LabError, check_value, list_runs, project_root, run_state, run
 from .sweep import compare, expand, load_matrix, load_study, load_yaml, run_sweep, trials
 
 # %% auto #0
-__all__ = ['KEY_METRICS', 'find_notebook', 'declared', 'cast', 'parameters', 'execute', 'run_command', 'table', 'notebook_of',
-           'runs_command', 'sweep_command', 'compare_command', 'fid_command', 'evaluate_command', 'reference_command',
-           'parser', 'main']
+__all__ = ['KEY_METRICS', 'find_notebook', 'parameters_cell', 'declared', 'cast', 'parameters', 'execute', 'run_command', 'table',
+           'notebook_of', 'runs_command', 'sweep_command', 'compare_command', 'fid_command', 'evaluate_command',
+           'reference_command', 'parser', 'main']
 
 # %% ../nbs/17_cli.ipynb #c005
 def find_notebook(name: str) -> Path:
@@ -22,15 +22,19 @@ def find_notebook(name: str) -> Path:
         if path.suffix == ".ipynb" and path.is_file(): return path.resolve()
     raise unknown("notebook", name, [p.stem for p in nbs.glob("[a-z]*.ipynb")], f"in {nbs}")
 
-def declared(notebook: Path) -> dict:
-    "The parameters cell: name -> (type, default)."
+def parameters_cell(notebook: Path) -> str:
+    "The source of the one tagged cell."
     try: cells = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
     except (OSError, ValueError, KeyError, TypeError): raise LabError(f"{notebook} is not a readable notebook; restore it") from None
     tagged = [c for c in cells if "parameters" in c.get("metadata", {}).get("tags", [])]
     if len(tagged) != 1:
         raise LabError(f"{notebook}: expected one cell tagged 'parameters', found {len(tagged)}; without it papermill's values would be overwritten "
                        "(JupyterLab: property inspector, Cell Tags)")
-    try: body = ast.parse("".join(tagged[0]["source"])).body
+    return "".join(tagged[0]["source"])
+
+def declared(notebook: Path) -> dict:
+    "The parameters cell: name -> (type, default)."
+    try: body = ast.parse(parameters_cell(notebook)).body
     except SyntaxError as e: raise LabError(f"{notebook}: the parameters cell is not plain Python (line {e.lineno}); write `name: type = literal`") from None
     found = {}
     for node in body:
@@ -102,8 +106,10 @@ def execute(notebook: Path, typed: dict, output: Path) -> None:
     os.environ.setdefault("PYDEVD_DISABLE_FILE_VALIDATION", "1")
     import papermill
     from nbclient.exceptions import DeadKernelError
-    try: output.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as e: raise LabError(f"cannot write to {output.parent} ({e.strerror}); give another --output") from None
+    try:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        output.open("a").close()  # a folder of that name, or one that is not ours to write to
+    except OSError as e: raise LabError(f"cannot write {output} ({e.strerror}); give --output the name of a notebook to make") from None
     where = f"; the traceback is in {_show(output)}"
     def attempt(): papermill.execute_notebook(str(notebook), str(output), parameters=typed, cwd=str(project_root()), progress_bar=False, stdout_file=sys.stdout, stderr_file=sys.stderr)
     try:
@@ -199,13 +205,14 @@ def fid_command(args) -> int:
     from drifting_kd.evaluate import judge_for, own_alpha, run_checkpoint, stats_of
     from drifting_kd.fid import fid, kid
     from drifting_kd.models import load_checkpoint
-    judge = judge_for([args.real, args.fake], args.extractor, args.mode, args.device, args.data_root)
-    settings = dict(alpha=args.alpha, seed=args.seed, data_root=args.data_root)
+    judge = judge_for([args.real, args.fake], args.extractor, args.mode, args.device, args.data_root, args.dataset)
+    settings = dict(alpha=args.alpha, seed=args.seed, data_root=args.data_root, dataset=args.dataset)
     real, fake = stats_of(args.real, judge, **settings), stats_of(args.fake, judge, args.n, **settings)
     for text in (args.real, args.fake):
         if (path := run_checkpoint(text)): print(f"{text}: {path.name}, step {(c := load_checkpoint(path))['step']:,}, alpha {args.alpha or own_alpha(c['config']):g}")
-    print(fid(real, fake, judge, seed=args.seed))
-    if args.kid: print(kid(real, fake, judge, seed=args.seed))
+    floor = stats_of(args.floor, judge, **settings) if args.floor else True
+    print(fid(real, fake, judge, seed=args.seed, floor=floor))
+    if args.kid: print(kid(real, fake, judge, seed=args.seed, floor=floor))
     return 0
 
 def evaluate_command(args) -> int:
@@ -233,10 +240,18 @@ def _add_judge(p) -> None:
     p.add_argument("--data-root", default="", metavar="FOLDER", help="where data sets are (default: DKD_DATA, else data/)")
 
 # %% ../nbs/17_cli.ipynb #c019
+class _Help(argparse.Action):
+    "`dkd run train --help`: the parameters of that notebook, too."
+    def __call__(self, parser, namespace, values, option_string=None):
+        parser.print_help()
+        if namespace.notebook: print(f"\nparameters of {namespace.notebook}:\n{parameters_cell(find_notebook(namespace.notebook))}")
+        parser.exit()
+
 def parser() -> argparse.ArgumentParser:
     whole = argparse.ArgumentParser(prog="dkd", description="Run experiment notebooks with checked parameters, and see what they made.")
     commands = whole.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    p = commands.add_parser("run", help="run a notebook: dkd run train -p optimizer adamw")
+    p = commands.add_parser("run", help="run a notebook: dkd run train -p optimizer adamw", add_help=False)
+    p.add_argument("-h", "--help", action=_Help, nargs=0, help="this; after a notebook's name its parameters, too")
     p.add_argument("notebook", help="train, nbs/train.ipynb or a path")
     p.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"), help="a parameter, as often as needed")
     p.add_argument("-f", "--file", help="YAML preset, name: value a line; -p wins over it")
@@ -270,6 +285,8 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("--n", type=int, default=0, metavar="N", help="how many of B (default: all; 10,000 of a generator)")
     p.add_argument("--alpha", type=float, default=0., help="guidance strength of a generator (default: its run's own)")
     p.add_argument("--seed", type=int, default=42)
+    p.add_argument("--floor", default="", metavar="SOURCE", help="other real images for the floor, such as digits:test (default: halves of A, which a file without features does not have)")
+    p.add_argument("--dataset", default="", metavar="NAME", help="whose classes a generator is asked for, where its run does not say")
     p.add_argument("--kid", action="store_true", help="the kernel distance, too")
     _add_judge(p)
     p.set_defaults(do=fid_command)
@@ -284,8 +301,9 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: list[str] | None = None) -> int:
     "The command `dkd`: 0 if it did what was asked, 1 with one line if not, 2 for wrong usage, 130 for Ctrl-C."
-    args = parser().parse_args(argv)
-    try: return args.do(args)
+    try:
+        args = parser().parse_args(argv)
+        return args.do(args)
     except LabError as e: print(f"dkd: {e}", file=sys.stderr); return 1
     except BrokenPipeError:  # dkd runs | head
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

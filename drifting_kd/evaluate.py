@@ -4,7 +4,7 @@
 
 # %% ../nbs/14_evaluate.ipynb #c002
 from __future__ import annotations
-import functools, contextlib, csv, datetime, hashlib, itertools, math, os, re, shutil, sys, time, types, warnings
+import functools, contextlib, csv, datetime, hashlib, io, itertools, math, os, re, shutil, sys, time, types, warnings
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Callable, Iterator
@@ -28,10 +28,10 @@ __all__ = ['MEASURES', 'KEPT', 'LPIPS_TRUNKS', 'CLIP_MEAN', 'CLIP_STD', 'PRDC_IM
            'NETWORKS', 'EvaluateConfig', 'makes_images', 'find_checkpoints', 'home_of', 'Subject', 'open_subject',
            'used_alpha', 'check_fits', 'gather_moments', 'Sampled', 'sample_stats', 'Reference', 'reference_of',
            'baselines', 'sample_diversity', 'lpips_network', 'lpips_diversity', 'load_clip', 'clip_score',
-           'class_captions', 'scores', 'read_rows', 'same_settings', 'find_row', 'write_row', 'distance_of', 'best_row',
-           'distance_vs_step', 'score_table', 'neighbours_grid', 'pass_for_real', 'baseline_dots', 'guidance_curves',
-           'own_judge', 'Evaluation', 'Evaluator', 'preview', 'evaluate', 'own_alpha', 'run_checkpoint', 'judge_for',
-           'stats_of']
+           'class_captions', 'scores', 'read_rows', 'same_settings', 'find_row', 'write_row', 'distance_of',
+           'times_floor', 'best_row', 'distance_vs_step', 'score_table', 'neighbours_grid', 'pass_for_real',
+           'baseline_dots', 'guidance_curves', 'own_judge', 'Evaluation', 'Evaluator', 'preview', 'evaluate',
+           'own_alpha', 'run_checkpoint', 'judge_for', 'stats_of']
 
 # %% ../nbs/14_evaluate.ipynb #c005
 MEASURES = ("kid", "prdc", "infinity", "clip", "lpips")
@@ -230,7 +230,7 @@ def sample_stats(model: nn.Module,
     "Make images and look at them; continues what was killed."
     n, (rank, size) = n if labels is None else len(labels), world
     if n < 2: raise LabError(f"num_samples={n}: a covariance needs at least two")
-    parts = [weights_sha256(model, (), ()), judge.name, judge.sha256, judge.mode, n, alpha, seed, batch_size, rank, size, labels if labels is None else labels.tolist()]
+    parts = [weights_sha256(model, (), ()), judge.name, judge.sha256, judge.mode, n, alpha, seed, batch_size, rank, size, see is not None, labels if labels is None else labels.tolist()]
     state = _State(folder and folder / f"{rank}-{size}", hashlib.sha256(repr(parts).encode()).hexdigest())
     m, draw, batches = Moments(judge.dims, judge.device, keep=True), _sampler(model), range(rank, math.ceil(n / batch_size), size)
     done, first = state.restore(m) if folder else (0, [])
@@ -381,9 +381,11 @@ def _rows_of(features: Tensor, n: int) -> Tensor:
 def _measured_beside(words: list, real: Stats, s: Sampled, ref: Reference, cfg: EvaluateConfig, notes: _Notes, networks: dict) -> dict:
     "The metrics that are asked for by name."
     judge, fake, found = ref.judge, s.stats, {}
-    features = real.features if real.features is not None else getattr(ref, cfg.dataset_split).features
+    def neighbours():
+        if real.features is None: raise LabError("precision, recall, density and coverage need features of the reference; make it with dkd reference without --no-features, or leave prdc out")
+        return prdc(*(_rows_of(f, PRDC_IMAGES).to(fake.mu.device) for f in (real.features, fake.features)))
     if "kid" in words and (k := notes.attempt(lambda: kid(real, fake, judge, floor=False), None)): found |= {slug(k.metric): k.value, "kid_std": k.std, "kid_error": k.error}
-    if "prdc" in words and (p := notes.attempt(lambda: prdc(*(_rows_of(f, PRDC_IMAGES).to(fake.mu.device) for f in (features, fake.features))), None)): found |= p._asdict()
+    if "prdc" in words and (p := notes.attempt(neighbours, None)): found |= p._asdict()
     if "infinity" in words: found["fd_infinity"] = notes.attempt(lambda: fd_infinity(real, fake.features.to(fake.mu.device)).value)
     labels = None if s.labels is None else s.labels[:len(s.images)]
     if "lpips" in words: found["lpips_diversity"] = lpips_diversity(s.images, labels, net=networks["lpips"], device=judge.device)
@@ -393,19 +395,23 @@ def _measured_beside(words: list, real: Stats, s: Sampled, ref: Reference, cfg: 
     if "clip_score" in found: found["clip_model"] = cfg.clip_model
     return found
 
+def _other_images(ref: Reference, real: Stats, notes: _Notes) -> Stats:
+    "Images of the data set, for the floor of a reference that has none of its own: the split that lies farther from it, since it may be made of the other."
+    split = max(("train", "test"), key=lambda k: real.distance(getattr(ref, k)))
+    notes.append(f"the reference has no features, so the floor is its distance to {split} images of {ref.data.name}")
+    return getattr(ref, split)
+
 def scores(s: Sampled, ref: Reference, cfg: EvaluateConfig, words: list = (), real: Stats | None = None, networks: dict = {}) -> tuple[dict, Score, list]:
     "Everything that is measured of a checkpoint's samples: numbers by column, the distance with its floor, and remarks."
-    judge, fake, features, notes = ref.judge, s.stats, s.stats.features.to(s.stats.mu.device), _Notes()
-    real, key = (getattr(ref, cfg.dataset_split), f"{cfg.dataset_split} {fake.n} {cfg.seed}") if real is None else (real, "")
-    by_class = bool(key) and s.labels is not None  # the samples have the data's shares of classes
-    if by_class: fake, key = replace(fake, labels=s.labels), f"{key} by class"
+    judge, fake, features, notes = ref.judge, replace(s.stats, labels=s.labels), s.stats.features.to(s.stats.mu.device), _Notes()
+    real, key = (getattr(ref, cfg.dataset_split), f"{cfg.dataset_split} {fake.n} {cfg.seed} by class") if real is None else (real, "")
     keep = ref.remember if key else lambda name, compute: compute()
-    if key in ref.facts.get("floors", {}): real.floors[("fd", min(fake.n, len(real.features) // 2), cfg.seed, 3, by_class)] = tuple(ref.facts["floors"][key])
-    score = fid(real, fake, judge, seed=cfg.seed)
+    if key in ref.facts.get("floors", {}): real.floors[("fd", min(fake.n, len(real.features) // 2), cfg.seed, 3, True)] = tuple(ref.facts["floors"][key])
+    score = fid(real, fake, judge, seed=cfg.seed, floor=True if real.features is not None else _other_images(ref, real, notes))
     if key and score.floor is not None and key not in ref.facts.get("floors", {}):
         ref.facts.setdefault("floors", {})[key] = score.floor, score.floor_std
         write_json(ref.path, ref.facts)
-    found = {slug(score.metric): score.value, "floor": math.nan if score.floor is None else score.floor, "floor_std": score.floor_std, "floor_n": score.floor_n, "floor_by_class": score.by_class,
+    found = {slug(score.metric): score.value, "floor": math.nan if score.floor is None else score.floor, "floor_std": score.floor_std, "floor_n": score.floor_n, "floor_by_class": score.by_class, "distance_at_floor_n": math.nan if score.at_floor_n is None else score.at_floor_n,
              "to_train": ref.train.distance(fake), "to_test": ref.test.distance(fake), "train_to_test": ref.train.distance(ref.test), "nearest_ratio": notes.attempt(lambda: nearest_ratio(features, ref.train.features, ref.test.features))}
     found |= _measured_beside(words, real, s, ref, cfg, notes, networks)
     found |= dict(sample_diversity=notes.attempt(lambda: sample_diversity(s.images, None if s.labels is None else s.labels[:len(s.images)])), feature_diversity=notes.attempt(lambda: feature_diversity(features, s.labels)))
@@ -419,12 +425,12 @@ def scores(s: Sampled, ref: Reference, cfg: EvaluateConfig, words: list = (), re
 
 # %% ../nbs/14_evaluate.ipynb #c033
 HEAD = "checkpoint checkpoint_name dataset epoch step num_samples batch_size alpha seed eval_seconds extractor mode fid".split()
-MIDDLE = ("kid kid_std kid_error floor floor_std floor_n floor_by_class to_train to_test train_to_test fd_infinity precision recall density coverage prompt_accuracy variance_ratio variance_of_test nearest_ratio baseline_class_means baseline_class_gaussians "
+MIDDLE = ("kid kid_std kid_error floor floor_std floor_n floor_by_class distance_at_floor_n to_train to_test train_to_test fd_infinity precision recall density coverage prompt_accuracy variance_ratio variance_of_test nearest_ratio baseline_class_means baseline_class_gaussians "
           "sample_diversity feature_diversity lpips_diversity clip_score clip_model judge_sha256 dataset_split reference reference_sha256 ema model_sha256 metrics artifact").split()
 CONTEXT = "loss drift_norm grad_norm feature_dist_mean feature_dist_var avg_loss avg_drift_norm".split()
 SETTINGS = "dataset num_samples alpha seed extractor mode judge_sha256 dataset_split reference reference_sha256 ema".split()  # numbers compare where these agree
 
-def _cell(value) -> str: return "nan" if value is None else str(value)
+def _cell(value) -> str: return "nan" if value in (None, "") else str(value)
 
 def _columns(rows: list[dict]) -> list[str]:
     known = {*HEAD, *MIDDLE, *CONTEXT}
@@ -434,12 +440,12 @@ def _columns(rows: list[dict]) -> list[str]:
 
 def _parse(path: Path) -> tuple[list[dict], str]:
     "Complete rows as text, and what is wrong with the file."
-    try: lines = list(csv.reader(path.read_text(encoding="utf-8").splitlines(), strict=True)) if path.exists() else []
+    try: lines = list(csv.reader(io.StringIO(path.read_bytes().decode("utf-8-sig"), newline=""), strict=True)) if path.exists() else []
     except (UnicodeDecodeError, csv.Error) as e: return [], f"cannot be read ({e})"
     if not lines: return [], "is empty" if path.exists() else ""
     header, body = lines[0], [line for line in lines[1:] if line]
     if "checkpoint" not in header or len(set(header)) < len(header): return [], "has no header with a column checkpoint"
-    rows = [dict(zip(header, line)) for line in body if len(line) == len(header)]
+    rows = [dict(zip(header, map(_cell, line))) for line in body if len(line) == len(header)]
     return rows, f"has {len(body) - len(rows)} torn lines of {len(body)}" if len(rows) < len(body) else ""
 
 def read_rows(path: str | Path) -> list[dict]:
@@ -447,7 +453,13 @@ def read_rows(path: str | Path) -> list[dict]:
     return _parse(Path(path))[0]
 
 # %% ../nbs/14_evaluate.ipynb #c034
-def same_settings(a: dict, b: dict, names: list = SETTINGS) -> bool: return all(_cell(a.get(k)) == _cell(b.get(k)) for k in names)
+def _alike(a, b) -> bool:
+    "1.5 is 1.50, and an empty cell is nan."
+    a, b = _cell(a), _cell(b)
+    with contextlib.suppress(ValueError): return a == b or float(a) == float(b)
+    return False
+
+def same_settings(a: dict, b: dict, names: list = SETTINGS) -> bool: return all(_alike(a.get(k), b.get(k)) for k in names)
 
 def find_row(rows: list[dict], row: dict) -> dict | None:
     "The row of this checkpoint and these settings."
@@ -484,6 +496,13 @@ def distance_of(row: dict) -> tuple[str, float]:
     if own is None: return "distance", math.nan
     return f"{row['extractor']}-FD" if slug(f"{row.get('extractor')}-FD") == own else own, _float(row, own)
 
+def times_floor(row: dict) -> float:
+    "A row's distance in units of its floor, both at the floor's number of images; NaN where that was not measured."
+    value = _float(row, "distance_at_floor_n") if _float(row, "floor_n") < _float(row, "num_samples") else distance_of(row)[1]
+    return value / floor if (floor := _float(row, "floor")) > 0 else math.nan
+
+def _at(row: dict) -> str: return f" at n={_float(row, 'floor_n'):,.0f}" if _float(row, "floor_n") < _float(row, "num_samples") else ""
+
 def best_row(rows: list[dict]) -> dict | None:
     "The row of the smallest distance; all rows must have the same settings."
     known = [r for r in rows if math.isfinite(distance_of(r)[1])]
@@ -509,7 +528,7 @@ def _distance_panel(ax, metric: str, rows: list[dict]) -> str:
         if not points: continue
         ax.plot(*zip(*points), marker="o", markersize=4, color=colour)
         last = g[-1]
-        for key, style, what in (("floor", "-", "real against real"), ("baseline_class_gaussians", ":", "Gaussian of each class")):
+        for key, style, what in (("floor", "-", f"real against real{_at(last)}"), ("baseline_class_gaussians", ":", "Gaussian of each class")):
             if math.isfinite(level := _float(last, key)):
                 ax.axhline(level, color="grey" if len(groups) == 1 else colour, linestyle=style, linewidth=1, alpha=.8)
                 if len(groups) == 1: ends.append((what, points[-1][0], level, "grey"))
@@ -521,8 +540,8 @@ def _distance_panel(ax, metric: str, rows: list[dict]) -> str:
     if len(groups) > 1: return f"{metric}: {len(groups)} settings, not to be compared with each other"
     best = best_row(groups[0])
     if best is None: return f"{metric}: nothing measured"
-    (_, value), floor, gauss = distance_of(best), _float(best, "floor"), _float(best, "baseline_class_gaussians")
-    words = f", {value / floor:.3g} times real against real" if floor > 0 else ""
+    (_, value), times, gauss = distance_of(best), times_floor(best), _float(best, "baseline_class_gaussians")
+    words = f", {times:.3g} times real against real{_at(best)}" if math.isfinite(times) else ""
     words += "" if math.isnan(gauss) else f", {'better' if value < gauss else 'no better'} than Gaussians"
     return f"{metric} is lowest at step {_float(best, 'step'):,.0f}: {value:.3g}{words}"
 
@@ -580,9 +599,13 @@ def pass_for_real(row: dict) -> "pd.DataFrame":
 def baseline_dots(row: dict) -> Figure:
     "A row's distance beside its floor and beside images nobody had to learn."
     metric, value = distance_of(row)
-    common = dict(metric=metric, mode=row["mode"], sha256=row["judge_sha256"], n=int(row["num_samples"]), floor=_float(row, "floor"), floor_std=_float(row, "floor_std"))
-    more = [(words, _float(row, f"baseline_{k}")) for k, words in (("class_gaussians", "Gaussian of each class"), ("class_means", "mean image of each class"))]
-    return distance_dots([dict(name=row["checkpoint_name"], value=value, **common), *(dict(name=words, value=v, **common) for words, v in more if math.isfinite(v))])
+    common = dict(metric=metric, mode=row["mode"], sha256=row["judge_sha256"])
+    n, floor = int(_float(row, "num_samples")), dict(floor=_float(row, "floor"), floor_std=_float(row, "floor_std"))
+    known = [(row["checkpoint_name"], value), *((words, _float(row, f"baseline_{k}")) for k, words in (("class_gaussians", "Gaussian of each class"), ("class_means", "mean image of each class")))]
+    known = [(name, v) for name, v in known if math.isfinite(v)]
+    if not _at(row): return distance_dots([dict(name=name, value=v, n=n, **common, **floor) for name, v in known])
+    part = dict(name=f"{row['checkpoint_name']}, {_float(row, 'floor_n'):,.0f} of its samples", value=_float(row, "distance_at_floor_n"), **floor)  # only this compares with the floor
+    return distance_dots([part | common, *(dict(name=f"{name}, n={n:,}", value=v, **common) for name, v in known)])
 
 @styled
 def guidance_curves(rows: list[dict]) -> Figure: # of one checkpoint at several strengths
@@ -618,6 +641,7 @@ class Evaluation:
     @property
     def best(self) -> dict | None: return best_row(self.rows)
 
+# %% ../nbs/14_evaluate.ipynb #c069
 class Evaluator:
     "A configuration, checked and loaded; `evaluate` does the work."
     def __init__(self, cfg: EvaluateConfig):
@@ -629,6 +653,7 @@ class Evaluator:
         seed_everything(cfg.seed)
         self.paths = find_checkpoints(cfg.checkpoint)
         self.folder = home_of(self.paths[0]) / "eval"
+        self.table = self.folder / "fid_metrics.csv"
         self.first = first = open_subject(self.paths[0], cfg.ema)
         name = cfg.dataset or first.config.get("dataset", "")
         if not name: raise LabError(f"{first.path} does not say which data it was trained on; give dataset=")
@@ -670,14 +695,17 @@ class Evaluator:
 # %% ../nbs/14_evaluate.ipynb #c053
 def _claim(folder: Path, base: str, settings: dict) -> Path:
     "The folder of a checkpoint under these settings: `base`, or with a suffix where that belongs to other settings."
-    digest = hashlib.sha256(repr(sorted((k, _cell(v)) for k, v in settings.items())).encode()).hexdigest()
+    digest = hashlib.sha256(repr(sorted((k, str(v)) for k, v in settings.items())).encode()).hexdigest()
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder / ".table.lock"):
-        for path in (folder / base, folder / f"{base}-{digest[:8]}"):
-            if not path.exists():
-                path.mkdir()
-                with atomic_write(path / ".settings", "w") as f: f.write(digest)
+        names = folder / base, folder / f"{base}-{digest[:8]}"
+        for path in names:
             if (path / ".settings").exists() and (path / ".settings").read_text() == digest: return path
+        for path in names:
+            if path.exists(): continue
+            path.mkdir()
+            with atomic_write(path / ".settings", "w") as f: f.write(digest)
+            return path
     raise LabError(f"{path} is not an evaluation of ours; move it away")
 
 def _write_png(folder: Path) -> Callable:
@@ -696,8 +724,14 @@ def preview(s: Sampled, classes: list, title: str) -> Figure:
     return fig
 
 def _draw_table(path: Path) -> None:
-    "fid_vs_step.png beside the table, from all of its rows."
-    with locked(path.parent / ".table.lock"): save_figure(distance_vs_step(read_rows(path)), path.parent / "fid_vs_step.png")
+    "fid_vs_step.png beside the table, from all of its rows, where it is older."
+    figure, changed = path.parent / "fid_vs_step.png", lambda p: p.stat().st_mtime_ns if p.exists() else 0
+    with locked(path.parent / ".table.lock"):
+        if changed(figure) <= changed(path): save_figure(distance_vs_step(read_rows(path)), figure)
+
+def _complete(artifact: Path, cfg: EvaluateConfig) -> bool:
+    "Is there everything that is asked for beside the row?"
+    return all((artifact / name).exists() for name in ("preview.png", "neighbours.png", "eval_metadata.json")) and (not cfg.save_images or len(list((artifact / "generated").glob("*.png"))) == cfg.num_samples)
 
 class _Told:
     "One tracker run for one call of `evaluate`; made with the first result."
@@ -716,18 +750,20 @@ class _Told:
         self.tracker.finish()
 
 # %% ../nbs/14_evaluate.ipynb #c054
-def _one(e: Evaluator, subject: Subject, row: dict, words: list, artifact: Path, told: _Told) -> dict:
-    "Sample, score and write down one checkpoint."
-    cfg, began = e.cfg, time.perf_counter()
+def _samples(e: Evaluator, subject: Subject, alpha: float, artifact: Path) -> Sampled:
+    "What the processes sample of one checkpoint, together."
+    cfg = e.cfg
     labels = labels_like(getattr(e.data, cfg.dataset_split).labels, cfg.num_samples, cfg.seed) if subject.model.num_classes else None
     see = _write_png(artifact / "generated") if cfg.save_images else None
-    s = sample_stats(subject.model, e.judge, labels, cfg.num_samples, row["alpha"], cfg.seed, cfg.batch_size, artifact / ".state", cfg.save_every, see, (e.rank, e.world))
-    if e.rank: return {}
-    ref, sampled_at = e.reference, time.perf_counter()
+    return sample_stats(subject.model, e.judge, labels, cfg.num_samples, alpha, cfg.seed, cfg.batch_size, artifact / ".state", cfg.save_every, see, (e.rank, e.world))
+
+def _one(e: Evaluator, subject: Subject, row: dict, words: list, artifact: Path, told: _Told, s: Sampled) -> None:
+    "Score and write down one checkpoint; its row comes last, since what has a row is left out the next time."
+    cfg, ref, sampled_at = e.cfg, e.reference, time.perf_counter()
     found, score, remarks = scores(s, ref, cfg, words, e.real, e.networks)
     seconds = dict(sampling=s.seconds, scoring=time.perf_counter() - sampled_at)
     row = row | found | dict(eval_seconds=sum(seconds.values()), metrics=" ".join([*words, *(w for w, columns in NETWORKS.items() if columns[0] in row and w not in words)]), artifact=artifact.name)
-    title = f"{subject.path.stem}, step {subject.step:,}: {score.metric} {score.value:.3g}" + (f" (real against real {score.floor:.3g})" if score.floor is not None else "")
+    title = f"{subject.path.stem}, step {subject.step:,}: {score.metric} {score.value:.3g}" + (f" (real against real {score.floor:.3g}{_at(row)})" if score.floor is not None else "")
     save_figure(preview(s, e.data.classes, title), artifact / "preview.png")
     _, near = nearest(s.stats.features[:10], ref.train.features)
     captions = [str(e.data.classes[c]) for c in s.labels[:10].tolist()] if s.labels is not None else [""] * len(near)
@@ -737,26 +773,30 @@ def _one(e: Evaluator, subject: Subject, row: dict, words: list, artifact: Path,
         seed=cfg.seed, torch_initial_seed=torch.initial_seed(), scores=row, metric=score.metric, value=score.value, seconds=seconds, continued_from=s.continued, processes=e.world,
         judge=dict(name=e.judge.name, mode=e.judge.mode, dims=e.judge.dims, sha256=e.judge.sha256), reference=dict(name=row["reference"], sha256=row["reference_sha256"], n=score.n_real), remarks=remarks,
         environment=environment(cfg.seed, e.device)))
-    write_row(e.folder / "fid_metrics.csv", row)
-    _draw_table(e.folder / "fid_metrics.csv")
-    told.log(row, s, e.data.classes)
     if cfg.cleanup_samples and not cfg.save_images: shutil.rmtree(artifact / "generated", ignore_errors=True)
-    print("\n".join([f"{subject.name}: {score}", *(f"  remark: {r}" for r in remarks if r not in score.warnings), f"  {time.perf_counter() - began:.1f} s" + (f", {s.continued:,} samples of an evaluation that was stopped" if s.continued else "")]), flush=True)
-    return row
+    told.log(row, s, e.data.classes)
+    write_row(e.table, row)
+    print("\n".join([f"{subject.name}: {score}", *(f"  remark: {r}" for r in remarks if r not in score.warnings), f"  {sum(seconds.values()):.1f} s" + (f", {s.continued:,} samples of an evaluation that was stopped" if s.continued else "")]), flush=True)
+    _draw_table(e.table)
+    shutil.rmtree(artifact / ".state", ignore_errors=True)
 
 NETWORKS = dict(clip=("clip_score", "clip_model"), lpips=("lpips_diversity",))  # what is kept rather than measured again: its network is not loaded
 
 def _plan(e: Evaluator, subject: Subject, row: dict) -> tuple:
     "Is it measured already? Else the words to measure, the folder, and its lock."
-    old = find_row(read_rows(e.folder / "fid_metrics.csv"), row)
+    old = find_row(read_rows(e.table), row)
     words, same = split_words(e.cfg.metrics), bool(old) and old.get("model_sha256") == subject.sha256
     before = split_words(old.get("metrics", "")) if same else []
     if old and old.get("clip_model", e.cfg.clip_model) not in (e.cfg.clip_model, "nan", ""): before = [w for w in before if w != "clip" or "clip" not in words]  # another CLIP measures again
-    if same and e.cfg.skip_existing and set(words) <= set(before): return "measured already", [], None, None
-    words = list(dict.fromkeys([*words, *(w for w in before if w not in NETWORKS and w in MEASURES)]))
-    row |= {column: old[column] for word, columns in NETWORKS.items() for column in columns if word in before and word not in words and column in old}
     artifact = _claim(e.folder, f"{subject.path.stem}_step{subject.step}", e.settings(subject))
     handle = try_lock(artifact / ".lock")
+    if same and e.cfg.skip_existing and set(words) <= set(before) and _complete(artifact, e.cfg):
+        if handle:
+            shutil.rmtree(artifact / ".state", ignore_errors=True)  # of an evaluation that was killed after its row
+            handle.close()
+        return "measured already", [], None, None
+    words = list(dict.fromkeys([*words, *(w for w in before if w not in NETWORKS and w in MEASURES)]))
+    row |= {column: old[column] for word, columns in NETWORKS.items() for column in columns if word in before and word not in words and column in old}
     if handle and e.cfg.save_images and not (artifact / ".state").exists(): shutil.rmtree(artifact / "generated", ignore_errors=True)  # before any process writes there
     return ("" if handle else "another process is at it"), words, artifact, handle
 
@@ -781,14 +821,21 @@ def _evaluate(cfg: EvaluateConfig) -> Evaluation:
             if why:
                 if e.rank == 0: print(f"{subject.name}: {why}", flush=True)
                 continue
-            try: _one(e, subject, row, words, artifact, told)
+            failure = None
+            try:
+                s = _samples(e, subject, row["alpha"], artifact)
+                try:
+                    if e.rank == 0: _one(e, subject, row, words, artifact, told, s)
+                except Exception as error: failure = error
+                if why := _gathered(failure and f"{type(failure).__name__}: {failure}", e.world)[0]: raise failure or LabError(f"the first process failed ({why}); see what it says")  # nobody waits for it
             finally:
                 if e.rank == 0: plan[3].close()
-            if e.rank == 0: shutil.rmtree(artifact / ".state", ignore_errors=True)
             result.new.append(subject.name)
             result.artifacts.append(artifact)
-        rows, kinds = read_rows(e.folder / "fid_metrics.csv"), [e.row(open_subject(p, cfg.ema)) for p in e.paths]
+        rows, kinds = read_rows(e.table), [e.row(open_subject(p, cfg.ema)) for p in e.paths]
         result.rows = [r for k in kinds if (r := find_row(rows, k))]
+        if e.rank == 0:
+            with contextlib.suppress(LabError): _draw_table(e.table)  # an old table may have no distance
         best = result.best
         if best and e.rank == 0: print(f"best of {len(result.rows)}: {best['checkpoint']} (step {best['step']}), {distance_of(best)[0]} {distance_of(best)[1]:.4g}")
         told.finish(best)
@@ -812,12 +859,12 @@ def run_checkpoint(text: str) -> Path | None:
     path = next((p for p in (Path(text), runs_folder() / text) if p.exists()), None)
     return None if path is None or not ((path / "config.json").exists() or path.suffix == ".pt") else find_checkpoints(str(path))[-1]
 
-def judge_for(sources: list[str], extractor: str = "", mode: str = "", device="auto", data_root: str = "") -> Extractor:
+def judge_for(sources: list[str], extractor: str = "", mode: str = "", device="auto", data_root: str = "", dataset: str = "") -> Extractor: # dataset: of a run that does not say
     "The judge that is asked for, else that of a statistics file or of the data set among the sources, else Inception."
     for text in sources if not extractor else ():
         if found := _dataset_split(text):
             if (extractor := default_judge(found[0])) == "inception": load_dataset(found[0], data_root)  # a misspelt name is not a matter of Inception's weights
-        elif path := run_checkpoint(text): extractor = own_judge(load_checkpoint(path)["config"])
+        elif path := run_checkpoint(text): extractor = own_judge(dict(dataset=dataset) | load_checkpoint(path)["config"])
         elif holds_stats(text): extractor, mode = (s := load_stats(text)).extractor, mode or s.mode
         if extractor: break
     return as_extractor(extractor or "inception", mode, device)
@@ -825,14 +872,15 @@ def judge_for(sources: list[str], extractor: str = "", mode: str = "", device="a
 def stats_of(text: str,            # digits:test, a run, a .pt file, a folder, .zip, .npz or .npy
              judge: Extractor,
              n: int = 0,           # how many images; 0 is all, of a generator 10,000
-             alpha: float = 0., # guidance of a generator; 0 is its run's own
-         seed: int = 42, batch_size: int = 256, data_root: str = "") -> Stats:
+             alpha: float = 0.,    # guidance of a generator; 0 is its run's own
+             seed: int = 42, batch_size: int = 256, data_root: str = "",
+             dataset: str = "",    # whose classes a generator is asked for, where its run does not say
+            ) -> Stats:
     "What a judge sees in whatever a name means; with features, where there are images."
-    if found := _dataset_split(text):
-        split = getattr(load_dataset(found[0], data_root, val_fraction=0), found[1])
-        stats = reference_stats(split, judge, n, batch_size, seed, keep=True)
-        return stats if n else replace(stats, labels=split.labels)
-    if not (path := run_checkpoint(text)): return reference_stats(text, judge, n, batch_size, seed, keep=True)
+    if found := _dataset_split(text): text = getattr(load_dataset(found[0], data_root, val_fraction=0), found[1])
+    if found or not (path := run_checkpoint(text)): return reference_stats(text, judge, n, batch_size, seed, keep=True)
     subject = open_subject(path, device=judge.device)
-    labels = labels_like(load_dataset(subject.config["dataset"], data_root or subject.config.get("data_root", ""), val_fraction=0).train.labels, n or 10_000, seed) if subject.model.num_classes else None
+    name = subject.config.get("dataset", "") or dataset
+    if subject.model.num_classes and not name: raise LabError(f"{path} does not say which data it was trained on; give dataset=")
+    labels = labels_like(load_dataset(name, data_root or subject.config.get("data_root", ""), val_fraction=0).train.labels, n or 10_000, seed) if subject.model.num_classes else None
     return replace(sample_stats(subject.model, judge, labels, n or 10_000, used_alpha(subject.model, alpha or own_alpha(subject.config)), seed, batch_size).stats, labels=labels)

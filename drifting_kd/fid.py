@@ -5,7 +5,7 @@
 # %% ../nbs/06_fid.ipynb #c002
 from __future__ import annotations
 import contextlib, functools, hashlib, importlib.resources, io, math, os, re, urllib.request, warnings, zipfile
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Callable, Iterator, NamedTuple
 import numpy as np
@@ -44,6 +44,7 @@ def to_uint8(images,          # tensor, array or list: [N, H, W, C], [N, C, H, W
     "Images as the bytes that a PNG file would hold."
     if scale not in SCALES: raise unknown("scale", scale, SCALES)
     x = _as_tensor(images)
+    if x.ndim == 3 and 3 in (x.shape[0], x.shape[-1]): raise LabError(f"images of shape {tuple(x.shape)}: a single colour image? add a batch axis; grey ones as [N, H, W, 1]")
     if x.ndim == 3: x = x[..., None]
     if x.ndim != 4 or not {x.shape[-1], x.shape[1]} & {1, 3}: raise LabError(f"images of shape {tuple(x.shape)}; expected [N, H, W, C] or [N, C, H, W] with 1 or 3 channels")
     if x.shape[-1] not in (1, 3): x = x.permute(0, 2, 3, 1)
@@ -191,7 +192,7 @@ class Stats:
     sha256: str = ""
     mode: str = ""                  # of resizing
     features: Tensor | None = None  # fp32 [n, D]
-    labels: Tensor | None = None    # of each row of features; where both sides have them, the floor's parts have equal shares of classes
+    labels: Tensor | None = None    # of each row of features; where real images have them, the floor's parts have equal shares of classes
     floors: dict = field(default_factory=dict, repr=False, compare=False)  # what `fid` and `kid` have measured between parts of these images
 
     @property
@@ -215,12 +216,18 @@ class Stats:
         _same_judge(self, other)
         return frechet_distance(self.mu, self.sigma, other.mu, other.sigma, self.half)
 
+    def part(self, n: int) -> Stats:
+        "Of the first n images; where labels are known, of n with the same shares of classes."
+        rows = torch.arange(n) if self.labels is None else self.labels.argsort(stable=True)[torch.linspace(0, self.n - 1, n, dtype=torch.float64).round().long()]
+        return Stats.of(self.features[rows].to(self.mu.device), self)
+
     def save(self, path: str | Path, features: bool = False) -> None: # features: them too (`feats`), for KID and neighbours
         "Write a .npz that `load_stats` and clean-fid read."
         if Path(path).suffix != ".npz": raise LabError(f"{path}: expected a name that ends in .npz")
         if features and self.features is None: raise LabError("these statistics have no features; make them with keep=True")
         arrays = dict(mu=self.mu.cpu().numpy(), sigma=self.sigma.cpu().numpy(), n=np.int64(self.n), extractor=np.array(self.extractor), sha256=np.array(self.sha256), mode=np.array(self.mode))
-        with atomic_write(path) as f: np.savez_compressed(f, **arrays, **({"feats": self.features.cpu().numpy()} if features else {}))
+        if features: arrays |= dict(feats=self.features.cpu().numpy()) | ({} if self.labels is None else dict(labels=self.labels.cpu().numpy()))
+        with atomic_write(path) as f: np.savez_compressed(f, **arrays)
 
 def _judge(source) -> dict:
     if source is None: return {}
@@ -244,16 +251,23 @@ def load_stats(path: str | Path,
     text = {k: str(found[k]) for k in ("extractor", "sha256", "mode") if k in found and found[k].dtype.kind == "U"}
     if not text.get("mode") and (named := re.search("_(clean|legacy_tensorflow|legacy_pytorch)_", Path(path).name)): text["mode"] = named[1]
     feats = torch.from_numpy(found["feats"]).float() if "feats" in found and found["feats"].dtype.kind == "f" and found["feats"].ndim == 2 else None
+    if feats is not None and not feats.isfinite().all(): raise bad("feats that are not finite")
     if "mu" in found and "sigma" in found:
         mu, sigma = found["mu"], found["sigma"]
         if mu.dtype.kind != "f" or sigma.dtype.kind != "f" or mu.ndim != 1 or sigma.shape != mu.shape * 2: raise bad(f"mu {mu.dtype} {mu.shape}, sigma {sigma.dtype} {sigma.shape}")
         if not (np.isfinite(mu).all() and np.isfinite(sigma).all()): raise bad("numbers that are not finite")
+        if not np.allclose(sigma, sigma.T, rtol=1e-4, atol=1e-6 * np.abs(sigma).max(initial=0)): raise bad("a sigma that is not symmetric")
+        if feats is not None and feats.shape[1] != len(mu): raise bad(f"feats of {feats.shape[1]} dimensions, mu of {len(mu)}")
         n = int(found["n"]) if "n" in found and found["n"].dtype.kind in "iu" and found["n"].ndim == 0 else len(feats) if feats is not None else 0
+        if n < 0 or feats is not None and n != len(feats): raise bad(f"n={n}{f', {len(feats)} rows of feats' if feats is not None else ''}")
         stats = Stats(torch.from_numpy(mu).double(), torch.from_numpy(sigma).double(), n, features=feats, **text)
     elif feats is not None:
         stats = Stats.of(feats)
         for key, value in text.items(): setattr(stats, key, value)
     else: raise bad(f"holds {', '.join(sorted(found)[:5]) or 'nothing'}")
+    if feats is not None and "labels" in found:
+        if found["labels"].dtype.kind not in "iu" or found["labels"].shape != feats.shape[:1] or found["labels"].min(initial=0) < 0: raise bad(f"labels {found['labels'].dtype} {found['labels'].shape}, {len(feats)} rows of feats")
+        stats.labels = torch.from_numpy(found["labels"].astype(np.int64))
     if judge is not None: _same_judge(judge, stats)
     return stats
 
@@ -262,6 +276,7 @@ def _two(real: Tensor, fake: Tensor, least: int = 2) -> tuple[Tensor, Tensor]:
     "Both in float64 on the device of the first, after a look at their shapes."
     if real.ndim != 2 or fake.ndim != 2 or real.shape[1] != fake.shape[1]: raise LabError(f"features of shape {tuple(real.shape)} and {tuple(fake.shape)}; expected [N, D] and [M, D]")
     if min(len(real), len(fake)) < least: raise LabError(f"{len(real)} and {len(fake)} images; at least {least} of each are needed")
+    if not (real.isfinite().all() and fake.isfinite().all()): raise LabError("features are not finite; look at the images and at the judge's weights")
     device = "cpu" if real.device.type == "mps" else real.device
     return real.to(device, torch.float64), fake.to(device, torch.float64)
 
@@ -317,10 +332,11 @@ class Infinity(NamedTuple):
 
 def fd_infinity(reference: Stats, features: Tensor, # of the images to judge, [N, D]
                 points: int = 15, seed: int = 0) -> Infinity:
-    "The Fréchet distance extrapolated to endlessly many images, from seeded subsets of a tenth to all of them."
+    "The Fréchet distance extrapolated to endlessly many images, from seeded subsets of a tenth (but at least 4 a dimension) to all of them."
     _, features = _two(reference.mu[None], features, least=1)
-    if len(features) < 20 or points < 2: raise LabError(f"{len(features)} images, {points} points: a line needs at least 20 images and 2 points")
-    sizes = [round(float(s)) for s in np.linspace(len(features) / 10, len(features), points)]
+    least = max(20, 8 * reference.dims)
+    if len(features) < least or points < 2: raise LabError(f"FD-infinity of {len(features):,} images at {points} points: expected at least {least:,} images, 8 for each of {reference.dims:,} dimensions (with fewer the distance is no line in 1/n), and 2 points")
+    sizes = [round(float(s)) for s in np.linspace(max(len(features) / 10, 4 * reference.dims), len(features), points)]
     chosen = [features[torch.randperm(len(features), generator=generator(seed, i))[:s].to(features.device)] for i, s in enumerate(sizes)]
     distances = [reference.distance(Stats.from_moments(Moments(reference.dims, part.device).add(part), reference)) for part in chosen]
     slope, value = np.polyfit(1 / np.array(sizes), distances, 1)
@@ -371,7 +387,7 @@ def variance_ratio(real: Tensor, real_labels: Tensor, # features [N, D], labels 
     if len(real) != len(real_labels) or len(fake) != len(fake_labels):
         raise LabError(f"{len(real)} and {len(fake)} images with {len(real_labels)} and {len(fake_labels)} labels; expected a label for each")
     inside, weight = {}, {}
-    for c in real_labels.unique().tolist():
+    for c in sorted({*real_labels.unique().tolist(), *fake_labels.unique().tolist()}):
         parts = [v[(labels == c).to(v.device)] for v, labels in ((real, real_labels), (fake, fake_labels))]
         if min(map(len, parts)) < 2: raise LabError(f"class {c}: {len(parts[0])} real and {len(parts[1])} generated images; a variance needs two of each")
         inside[c], weight[c] = tuple(p.var(0).sum().item() for p in parts), len(parts[0])
@@ -626,6 +642,10 @@ def vit(model: str = "vit_small_patch14_dinov2.lvd142m", # DINOv2; any vision tr
 EXTENSIONS = {".bmp", ".jpg", ".jpeg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 KEYS = ("x", "images", "arr_0")  # of a .npz
 
+def _shown(name: str | Path) -> bool:
+    "An image by its name, and not what a Mac or an editor put beside it."
+    return Path(name).suffix.lower() in EXTENSIONS and not any(part[0] == "." or part == "__MACOSX" for part in Path(name).parts)
+
 class _Files:
     "Image files that all have one size, decoded when they are asked for."
     def __init__(self, names: list, read: Callable, where):
@@ -643,7 +663,8 @@ class _Files:
             except Exception as e: raise LabError(f"{name} is not an image that can be read ({type(e).__name__}: {' '.join(str(e).split())[:120]}); repair or remove it") from None  # decoders fail in any way
             self.size = self.size or found[-1].shape[:2]
             if found[-1].shape[:2] != self.size: raise LabError(f"{name} is {found[-1].shape[1]}x{found[-1].shape[0]}, others {self.size[1]}x{self.size[0]}: mixed sizes; bring them to one size first")
-        if len({f.ndim for f in found}) > 1: found = [f if f.ndim == 3 else np.repeat(f[..., None], 3, 2) for f in found]
+        found = [f if f.ndim == 3 else f[..., None] for f in found]
+        if len({f.shape[2] for f in found}) > 1: found = [np.broadcast_to(f, (*self.size, 3)) for f in found]
         return to_uint8(torch.from_numpy(np.stack(found)))
 
 def _array_in(path: Path) -> np.ndarray:
@@ -660,11 +681,11 @@ def _open(source, scale: str) -> tuple[int, Callable]:
     if isinstance(source, (str, Path)):
         path = Path(source)
         if not path.exists(): raise LabError(f"{path} does not exist; give a folder or zip of images, a .npz, a run, or a data set's split such as digits:test")
-        if path.is_dir(): files = _Files(sorted(p for p in path.rglob("*") if p.suffix.lower() in EXTENSIONS), lambda p: p.read_bytes(), path)
+        if path.is_dir(): files = _Files(sorted(p for p in path.rglob("*") if _shown(p.relative_to(path))), lambda p: p.read_bytes(), path)
         elif path.suffix == ".zip":
             try: archive = zipfile.ZipFile(path)
             except (zipfile.BadZipFile, OSError) as e: raise LabError(f"{path} is not a zip file that can be read ({e}); make it again") from None
-            files = _Files(sorted(n for n in archive.namelist() if Path(n).suffix.lower() in EXTENSIONS), archive.read, path)
+            files = _Files(sorted(n for n in archive.namelist() if _shown(n)), archive.read, path)
         elif path.suffix in (".npz", ".npy"): files, source = None, _array_in(path)
         else: raise LabError(f"{path}: expected a folder of images, a .zip of them, a .npz or a .npy")
         if files: return len(files.names), files
@@ -673,6 +694,11 @@ def _open(source, scale: str) -> tuple[int, Callable]:
     return len(whole), lambda rows: to_uint8(whole[torch.as_tensor(rows, device=whole.device)], scale)
 
 # %% ../nbs/06_fid.ipynb #c067
+def _chosen(total: int, n: int, seed: int) -> list[int]:
+    "Which images of a source: all, or n at random in their order."
+    if n > total: raise LabError(f"n={n}, but there are {total} images")
+    return list(range(total)) if n in (0, total) else torch.randperm(total, generator=generator(seed))[:n].sort().values.tolist()
+
 def images_of(source,               # tensor, array, Split, folder, .zip, .npz, .npy, or f(n, generator) -> images
               n: int = 0,           # how many; 0 is all (a sampler needs a number)
               batch_size: int = 256,
@@ -685,14 +711,15 @@ def images_of(source,               # tensor, array, Split, folder, .zip, .npz, 
         if not n: raise LabError("a sampler makes as many images as it is told: give n")
         for i, start in enumerate(range(0, n, batch_size)):
             size = min(batch_size, n - start)
-            with torch.no_grad(): x = to_uint8(source(size, generator(seed, i)), scale or "signed")
+            with torch.no_grad(): made = _as_tensor(source(size, generator(seed, i)))
+            if not (i or scale) and made.is_floating_point() and made.numel() and made.min() >= 0: warnings.warn("no pixel of the sampler's is negative, and they are read as [-1, 1]; for pixels in [0, 1] give scale='unit'")
+            x = to_uint8(made, scale or "signed")
             if len(x) != size: raise LabError(f"the sampler gave {len(x)} images instead of {size}")
             yield x
         return
     total, fetch = _open(source, scale)
-    if n > total: raise LabError(f"n={n}, but there are {total} images")
-    rows = range(total) if n in (0, total) else torch.randperm(total, generator=generator(seed))[:n].sort().values.tolist()
-    for start in range(0, len(rows), batch_size): yield fetch(list(rows[start:start + batch_size]))
+    rows = _chosen(total, n, seed)
+    for start in range(0, len(rows), batch_size): yield fetch(rows[start:start + batch_size])
 
 # %% ../nbs/06_fid.ipynb #c072
 def as_extractor(extractor,        # an Extractor, "inception", "dinov2", "random", a shipped judge's name, or what `judge` takes
@@ -716,7 +743,7 @@ def holds_stats(source) -> bool:
 def reference_stats(source,                  # Stats, a .npz of them, or anything that images_of takes
                     extractor="inception",
                     n: int = 0, batch_size: int = 256, seed: int = 0, scale: str = "",
-                    keep: bool = False,      # the features too: KID, neighbours and the floor need them
+                    keep: bool = False,      # the features too (and a split's labels): KID, neighbours and the floor need them
                     mode: str = "", device="auto") -> Stats:
     "What a judge sees in a set of images."
     extractor = as_extractor(extractor, mode, device)
@@ -726,7 +753,8 @@ def reference_stats(source,                  # Stats, a .npz of them, or anythin
     if holds_stats(source): return load_stats(source, extractor)
     moments = Moments(extractor.dims, extractor.device, keep)
     for images in images_of(source, n, batch_size, seed, scale): moments.add(extractor(images))
-    return Stats.from_moments(moments, extractor)
+    labels = source.labels[_chosen(len(source), n, seed)] if keep and isinstance(source, Split) else None
+    return replace(Stats.from_moments(moments, extractor), labels=labels)
 
 # %% ../nbs/06_fid.ipynb #c075
 @dataclass
@@ -747,6 +775,7 @@ class Score:
     std: float | None = None
     warnings: list = field(default_factory=list)
     by_class: bool = False      # the floor's parts have equal shares of classes
+    at_floor_n: float | None = None # the value for floor_n of the fakes, where they are more and have features
 
     def row(self, name: str) -> dict:
         "As `plots.distance_dots` takes it."
@@ -754,7 +783,7 @@ class Score:
 
     def __str__(self) -> str:
         error = f" ± {self.error:.2g}" if self.error is not None else ""
-        floor = f"real against real{' with equal shares of classes' if self.by_class else ''} {self.floor:.4g}{f' ± {self.floor_std:.2g}' if self.floor_std else ''} at n={self.floor_n:,}" if self.floor is not None else "no floor"
+        floor = f"real against real{' with equal shares of classes' if self.by_class else ''} {self.floor:.4g}{f' ± {self.floor_std:.2g}' if self.floor_std else ''} at n={self.floor_n:,}{f'; {self.at_floor_n:.4g} for that many of these' if self.at_floor_n is not None else ''}" if self.floor is not None else "no floor"
         judge = f"{self.extractor}{', ' + self.mode if self.mode else ''}, {self.dims} dimensions, sha256 {self.sha256[:12]}"
         against = f"{self.n_real:,}" if self.n_real else "an unknown number"
         return "\n".join([f"{self.metric} {self.value:.4g}{error} ({floor}); n={self.n_fake:,} against {against}; {judge}", *(f"  warning: {w}" for w in self.warnings)])
@@ -762,8 +791,7 @@ class Score:
 # %% ../nbs/06_fid.ipynb #c076
 def _halves(real: Stats, n: int, seed: int, division: int, by_class: bool) -> tuple[Stats, Stats]:
     "The other real images, and n drawn at random, or with the classes' shares in both."
-    if not by_class or n < len(real.labels.unique()): chosen = torch.randperm(len(real.features), generator=generator(seed, 77, division))[:n]
-    else: chosen = stratified(real.labels, n, seed, 77, division)
+    chosen = stratified(real.labels, n, seed, 77, division) if by_class else torch.randperm(len(real.features), generator=generator(seed, 77, division))[:n]
     rest = torch.ones(len(real.features), dtype=torch.bool)
     rest[chosen] = False
     return tuple(Stats.of(real.features[rows].to(real.mu.device), real) for rows in (rest.nonzero().flatten(), chosen))
@@ -785,18 +813,21 @@ def _score(name: Callable, measure: Callable, key: tuple, real, fake, extractor,
     low, spread, m, notes, by_class = None, 0., 0, [], False
     if floor is True and real.features is None: notes.append("no floor: the reference has no features; give other real images as floor=")
     elif floor is True and (m := min(fake.n or real.n, len(real.features) // 2)) > 1:
-        by_class = real.labels is not None and fake.labels is not None
+        by_class = real.labels is not None and m >= len(real.labels.unique())
+        if by_class and fake.labels is None: notes.append("the floor's parts have equal shares of classes; the images that are judged have no labels, and what their shares differ adds to the distance")
         low, spread = _floor(measure, key, real, m, seed, divisions, by_class)
         if fake.n > m: notes.append(f"the floor is for {m:,} images, half of the real ones; at {fake.n:,} it would be lower")
     elif not isinstance(floor, bool):
         known = isinstance(floor, Stats) or holds_stats(floor)
         other = see(floor, 0 if known else fake.n if callable(floor) else min(fake.n, _open(floor, "")[0]), keep)
+        if other.n > fake.n and other.features is not None: other = other.part(fake.n)
         low, m = measure(real, other)[0], other.n
         if m != fake.n: notes.append(f"the floor is for {m:,} images, the distance for {fake.n:,}")
+    at = measure(real, fake.part(m))[0] if low is not None and m < fake.n and fake.features is not None else None
     for who, stats in (("generated", fake), ("real", real)):
-        if 0 < stats.n < 2 * judge.dims: notes.append(f"{stats.n:,} {who} images for {judge.dims:,} dimensions: fewer than twice as many, so the distance is mostly their number's doing")
+        if key[0] == "fd" and 0 < stats.n < 2 * judge.dims: notes.append(f"{stats.n:,} {who} images for {judge.dims:,} dimensions: fewer than twice as many, so the distance is mostly their number's doing")
     if not (real.extractor and real.sha256): notes.append("the reference does not say which judge made it; taken on trust")
-    return Score(name(judge), value, low, spread, m, real.n, fake.n, judge.dims, judge.name, judge.sha256, judge.mode, error, std, notes, by_class)
+    return Score(name(judge), value, low, spread, m, real.n, fake.n, judge.dims, judge.name, judge.sha256, judge.mode, error, std, notes, by_class, at)
 
 # %% ../nbs/06_fid.ipynb #c077
 def fid(real,                    # Stats, a .npz of them, or anything that images_of takes

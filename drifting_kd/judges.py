@@ -145,7 +145,18 @@ def rises(found: dict) -> dict:
 def _finding(studies: list) -> str:
     wrong = [f"{s['judge']}: {kind}" for s in studies for kind, up in rises(s).items() if not up]
     whom = f"all {len(studies)} judges" if len(studies) > 1 else f"the {studies[0]['judge']} judge"
-    return f"The distance rises with every kind of damage, for {whom}" if not wrong else f"The distance rises with damage, but not at every step for {', '.join(wrong)}"
+    return f"The distance rises with every kind of damage that shows, for {whom}" if not wrong else f"The distance rises with damage, but not at every step for {', '.join(wrong)}"
+
+def _unseen(studies: list) -> str:
+    "Up to which strength damage adds less than half a floor."
+    found = []
+    for kind in DAMAGES:
+        for s in studies:
+            f = s["kinds"][kind]
+            mean = np.mean(f["distances"], 0)
+            hidden = next((i for i, v in enumerate(mean) if v >= 1.5 * mean[0]), len(mean)) - 1
+            if hidden > 0: found.append(f"{kind} {f['steps'][hidden]:.2g} ({s['judge']})")
+    return f"not seen up to: {', '.join(found)}" if found else "every step is seen"
 
 @styled
 def degradation_panels(studies: list,    # of `study`
@@ -153,7 +164,7 @@ def degradation_panels(studies: list,    # of `study`
                       ) -> Figure:
     "Distance against degradation, a row a judge; grey is the floor, dots are draws."
     if not studies: raise LabError("degradation_panels got nothing to draw; give a list of what `study` returns")
-    fig = Picture(figsize=(10.5, .7 + 2.1 * len(studies)), layout="constrained")
+    fig = Picture(figsize=(10.5, 1. + 2.1 * len(studies)), layout="constrained")
     panels = fig.subplots(len(studies), len(DAMAGES), squeeze=False, sharey="row")
     for r, (s, axes) in enumerate(zip(studies, panels)):
         for c, (ax, (kind, f)) in enumerate(zip(axes, s["kinds"].items())):
@@ -168,5 +179,5 @@ def degradation_panels(studies: list,    # of `study`
             if r == len(studies) - 1: ax.set_xlabel(f["unit"])
         axes[0].set_ylabel(f"{s['metric']}\n(n={s['n']:,}, floor {s['floor']:.2g})")
         axes[0].margins(y=.15)
-    fig.suptitle((title or _finding(studies)) + "\ndashed: the floor, other real images; dots: draws; each row is another judge with a scale of its own")
+    fig.suptitle((title or f"{_finding(studies)};\n{_unseen(studies)}") + "\ndashed: the floor, other real images; dots: draws; each row is another judge with a scale of its own")
     return fig

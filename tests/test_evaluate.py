@@ -108,6 +108,8 @@ def test_killed_evaluation_continues_to_the_bit(root):
     assert timeless(rows_of(root)) == timeless(rows_of(whole)) and not (folder / ".state").exists()
     pictures = lambda r: {str(p.relative_to(r)): p.read_bytes() for p in (r / "runs/toy/eval").rglob("*.png")}
     assert pictures(root) == pictures(whole) and len(pictures(root)) == 303
+    told = lambda r: json.loads(next((r / "runs/toy/eval").glob("step_*/eval_metadata.json")).read_text())
+    assert (told(root)["continued_from"], told(whole)["continued_from"]) == (200, 0) and told(root)["scores"]["eval_seconds"] > 0
 
 def _write(table, who):
     for i in range(15): write_row(table, dict(checkpoint=f"{who}-{i}.pt", step=i, digits_fd=i + .5, **{f"only_{who}": i}))
