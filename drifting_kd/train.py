@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import nn
 from .core import (Config, LabError, Run, atomic_write, choose_device, import_torchvision, mix, need, param, plain, read_json, seed_everything, unknown, write_json)
-from .data import Batches, Dataset, Split, load_dataset, normalize, save_splits, splits_hash
+from .data import Batches, Dataset, Split, load_array, load_dataset, normalize, save_splits, splits_hash
 from .models import create_model, layer_names, list_models, load_checkpoint, model_name, output_sizes, parameter_layers
 from .track import start_tracker
 
@@ -145,7 +145,8 @@ def lr_at(step: int,                # optimiser step, from 0
 
 # %% ../nbs/07_train.ipynb #c020
 def expected_calibration_error(probabilities: np.ndarray, labels: np.ndarray, bins: int = 15) -> float:
-    "Mean |accuracy - confidence| over bins of confidence, weighted by their size."
+    "Mean |accuracy - confidence| over bins of confidence, weighted by their size; not a number where a probability is none."
+    if not np.isfinite(probabilities).all(): return math.nan
     confidence, correct = probabilities.max(1), probabilities.argmax(1) == labels
     which = np.minimum((confidence * bins).astype(int), bins - 1)
     gap = np.bincount(which, weights=correct - confidence, minlength=bins)
@@ -157,7 +158,7 @@ def classification_metrics(logits: np.ndarray, # [N, C]
     "loss, accuracy, accuracy_percent, macro_f1, auroc (one against rest, mean over the classes present) and ece."
     from sklearn.metrics import f1_score, roc_auc_score
     logits, labels = np.asarray(logits, np.float64), np.asarray(labels)
-    logp = logits - logits.max(1, keepdims=True)
+    with np.errstate(invalid="ignore"): logp = logits - logits.max(1, keepdims=True)  # infinite logits: the metrics say so
     logp -= np.log(np.exp(logp).sum(1, keepdims=True))
     p, predicted = np.exp(logp), logits.argmax(1)
     accuracy = float((predicted == labels).mean())
@@ -379,7 +380,7 @@ def _link(source: Path, target: Path) -> None:
     os.replace(part, target)
 
 # %% ../nbs/07_train.ipynb #c042
-class NotFinite(LabError): "The loss or its gradient became NaN or infinite."
+class NotFinite(LabError): "The loss, its gradient, the weights or the validation loss became NaN or infinite."
 
 class Loop:
     "The state of one training; `fit` makes it and calls `go`."
@@ -465,12 +466,19 @@ def train_step(self: Loop, group: list) -> None:
 # %% ../nbs/07_train.ipynb #c046
 @patch
 def check_finite(self: Loop) -> None:
-    bad = self._reduce(self.bad, "max").item()
-    if bad < 0: return
+    "The losses and gradients so far, and the weights that the last update left."
+    weights = torch.stack(torch._foreach_norm([p.detach() for p in self.parameters])).sum()
+    worst = torch.stack([self.bad, torch.where(torch.isfinite(weights), -1, self.step - 1)])
+    bad, broken = self._reduce(worst, "max").tolist()
+    if bad >= 0: self.diverged("the loss or its gradient is", bad)
+    if broken >= 0: self.diverged("the weights are", broken)
+
+@patch
+def diverged(self: Loop, what: str, step: int) -> None:
     last = self.run.path / "checkpoints" / "last.pt"
-    if self.rank == 0: write_json(self.run.path / "diverged.json", dict(step=bad))  # so that a sweep need not try it again
+    if self.rank == 0: write_json(self.run.path / "diverged.json", dict(step=step))  # so that a sweep need not try it again
     kept = f"the last good checkpoint is {last} (step {load_checkpoint(last)['step']})" if last.exists() else "no checkpoint had been written yet"
-    raise NotFinite(f"the loss or its gradient is not finite at step {bad}; {kept}; use a smaller lr (now {self.base_lr:g}), grad_clip or more warmup")
+    raise NotFinite(f"{what} not finite at step {step}; {kept}; use a smaller lr (now {self.base_lr:g}), grad_clip or more warmup")
 
 @patch
 def _reduce(self: Loop, value: torch.Tensor, how: str) -> torch.Tensor:
@@ -532,6 +540,7 @@ def evaluate(self: Loop) -> bool:
     layers = [name for name in parameter_layers(self.model) if name in layer_names(self.model)] if self.cfg.layer_norms else []
     with undisturbed(self.inference_model) as model, self.autocast():
         with output_sizes(model, layers) as sizes: metrics = self.task.evaluate(model, "val")
+        if not math.isfinite(metrics.get("val/loss", 0.0)): self.diverged("the validation loss is", self.step)
         if self.rank == 0: self.task.preview(model, self.run)
     seconds, cpu_seconds = self.elapsed()
     if layers:
@@ -556,7 +565,8 @@ def elapsed(self: Loop) -> tuple[float, float]:
 @patch
 def checkpoint(self: Loop) -> dict:
     spec = getattr(self.model, "spec", {"factory": "", "kwargs": {}})
-    loop = dict(sums=self.sums, squares=self.squares, count=self.count, best=self.best, since_best=self.since_best, seconds=self.elapsed(), scaler=self.scaler.state_dict())
+    self.sums = {name: self._reduce(self.sums[name], "mean") for name in sorted(self.sums)}  # of all processes, also in the run that goes on: a resumed one has no more
+    loop = dict(sums=self.sums, squares=self.squares, count=self.count, best=self.best, since_best=self.since_best, seconds=self.elapsed(), scaler=self.scaler.state_dict(), processes=self.world)
     return dict(model=self.model.state_dict(), ema=self.ema.model.state_dict() if self.ema else None, optimizer=self.optimizer.state_dict(), task=self.task.facts() | {"state": self.task.state()},
                 rng=random_state(), config=plain(self.cfg), factory=spec["factory"], kwargs=spec["kwargs"], step=self.step, epoch=self.step // self.steps_per_epoch,
                 metrics=plain(self.last_metrics | self.task.summary()), loop=loop)
@@ -583,13 +593,21 @@ def restore(self: Loop) -> None:
     path = self.run.path / "checkpoints" / "last.pt"
     if not path.exists(): return self.run.truncate(-1)  # killed before its first checkpoint
     c = load_checkpoint(path)
-    self.model.load_state_dict(c["model"])
-    if self.ema: self.ema.model.load_state_dict(c["ema"])
-    self.optimizer.load_state_dict(c["optimizer"])
-    self.task.load_state(c["task"]["state"])
-    set_random_state(c["rng"])
+    if c["optimizer"] is None or "loop" not in c: raise LabError(f"checkpoint {path} holds weights only, as final_model.pt does, and nothing to continue from; use another of the run's checkpoints")
+    if other := [f"{k} (there {c['config'].get(k)!r}, here {v!r})" for k, v in self.cfg.identity().items() if c["config"].get(k) != v]:
+        raise LabError(f"checkpoint {path} is of another run: {'; '.join(other)}; use one of this run's")
     loop = c["loop"]
-    if loop["scaler"]: self.scaler.load_state_dict(loop["scaler"])
+    if loop.get("processes", self.world) != self.world: raise LabError(f"run {self.run.name} was trained by {loop['processes']} processes and here there are {self.world}; start as many, or a new run")
+    try:
+        self.model.load_state_dict(c["model"])
+        if self.ema: self.ema.model.load_state_dict(c["ema"])
+        self.optimizer.load_state_dict(c["optimizer"])
+        self.task.load_state(c["task"]["state"])
+        if loop["scaler"]: self.scaler.load_state_dict(loop["scaler"])
+    except LabError: raise
+    except (RuntimeError, ValueError, TypeError, KeyError, AttributeError) as e:
+        raise LabError(f"checkpoint {path} does not fit this network and optimiser ({' '.join(str(e).split())[:200]}); use one of this run's, made by this version") from None
+    set_random_state(c["rng"])
     self.sums, self.count = {k: v.to(self.device) for k, v in loop["sums"].items()}, loop["count"]
     if torch.is_tensor(loop.get("squares")): self.squares = loop["squares"].to(self.device)
     elif self.count: self.squares = math.nan  # layer_norms was off: the window has begun without it
@@ -678,7 +696,8 @@ def record_splits(self: Loop) -> None:
     "Write splits.npz; a resumed run must have the very images it began with."
     path, data = self.run.path / "splits.npz", self.task.data
     if self.run.resumed and path.exists():
-        with np.load(path, allow_pickle=False) as saved: there = str(saved["hash"]), str(saved["sha256"])
+        saved = load_array(path)
+        there = str(saved["hash"]), str(saved["sha256"])
         if there != (splits_hash(data), data.sha256): raise LabError(f"run {self.run.name} was started on other images called {data.name}; restore them, or start a new run")
     else: save_splits(path, data)
 

@@ -1,7 +1,7 @@
 "Two processes (gloo) give the losses of one with the same global batch, to summation order; one of them writes."
-import json, socket
+import json, signal, socket
 import pytest
-from conftest import losses, train, weights
+from conftest import losses, same_weights, train, weights
 
 NO_BATCHNORM = "import drifting_kd.train as t, torch; create = t.create_model\ndef plain(*a, **k):\n    m = create(*a, **k)\n    for x in m.modules():\n        for n, c in x.named_children():\n            if isinstance(c, torch.nn.BatchNorm2d): setattr(x, n, torch.nn.Identity())\n    return m\nt.create_model = plain"
 def two_processes() -> list[str]:
@@ -42,6 +42,16 @@ def test_processes_parameter(lab):
     assert max(gaps[:2]) < 1e-5 and max(gaps) < 1e-2, gaps  # of each layer, too
     one, two = ({k: v for _, line in losses(lab / "runs" / name) for k, v in line.items() if k.startswith("val/activation_rms/")} for name in ("one", "two"))
     assert "val/activation_rms/conv1" in one and one.keys() == two.keys() and all(abs(one[k] - two[k]) < 1e-2 * one[k] for k in one)  # each process saw its share of the images
+
+def test_two_processes_killed_and_resumed(lab):
+    "Between two log lines: the half-full window of both goes on."
+    die = "import os, signal; os.setsid()\nimport drifting_kd.train as t\ndef after_step(self, step):\n    if step == 8: os.killpg(0, signal.SIGKILL)\nt.Classify.after_step = after_step"
+    settings = dict(processes=2, epochs=2, log_every=4, save_every=1)
+    whole, killed = train(run_name="whole", **settings), train(die, run_name="killed", **settings)
+    assert whole.returncode == 0 and killed.returncode == -signal.SIGKILL and not (lab / "runs/killed/metrics.json").exists()
+    resumed = train(run_name="killed", resume=True, **settings)
+    assert resumed.returncode == 0 and "after step 6 " in resumed.stdout, resumed.stderr[-2000:]
+    assert losses(lab / "runs/whole") == losses(lab / "runs/killed") and same_weights(lab / "runs/whole", lab / "runs/killed")
 
 def test_a_batch_that_does_not_divide_is_refused(lab):
     out = train(processes=2, batch_size=51)
