@@ -15,7 +15,7 @@ from torch import nn
 from .core import (Config, LabError, Run, atomic_write, choose_device, import_torchvision, mix, need, param, plain, read_json, seed_everything, unknown, write_json)
 from .data import Batches, Dataset, Split, load_array, load_dataset, normalize, save_splits, splits_hash
 from .models import create_model, layer_names, list_models, load_checkpoint, model_name, output_sizes, parameter_layers
-from .track import start_tracker
+from .track import start_tracker, tracker_patience
 
 # %% auto #0
 __all__ = ['OPTIMIZERS', 'RECENT', 'FitConfig', 'TrainConfig', 'optimizer_class', 'optimizer_settings', 'make_optimizer',
@@ -82,13 +82,18 @@ class FitConfig(Config):
         if self.batch_size > images: raise LabError(f"batch_size={self.batch_size} is larger than the {images} training images; use at most that")
         return images // self.batch_size
 
+    def length(self, batches: int) -> tuple[int, int]:
+        "Optimiser steps of an epoch of so many batches, and of the whole training."
+        epoch = math.ceil(batches / self.accumulation)
+        return epoch, self.steps or self.epochs * epoch
+
 # %% ../nbs/07_train.ipynb #c006
 @dataclass
 class TrainConfig(FitConfig):
     "Everything a supervised run needs."
     normalization: str = param("data", "data (of the training images) or constants (CIFAR's published)", choices=("data", "constants"))
     label_smoothing: float = param(0.0, "label smoothing", low=0, high=0.99)
-    noise: float = param(0.0, "Gaussian noise on training pixels, each image's own strength up to this share of the range", low=0, high=1)
+    noise: float = param(0.0, "Gaussian noise on training pixels, each image's own strength up to this share of the range; drawn by batch and process", low=0, high=1)
 
 # %% ../nbs/07_train.ipynb #c008
 OPTIMIZERS = {"sgd": dict(lr=0.1, momentum=0.9, weight_decay=1e-4), "nesterov": dict(lr=0.1, momentum=0.9, weight_decay=1e-4, nesterov=True),
@@ -342,6 +347,8 @@ def globalize_batchnorm(model: nn.Module, device) -> nn.Module:
     for module in model.modules():
         if type(module) in (nn.BatchNorm1d, nn.BatchNorm3d): raise LabError(f"{type(module).__name__} cannot share its statistics among processes here; use processes=1, or BatchNorm2d")
         if type(module) is nn.BatchNorm2d:
+            if kind is GlobalBatchNorm and not (module.affine and module.track_running_stats and module.momentum is not None):
+                raise LabError("BatchNorm2d without weights, running statistics or momentum cannot share its statistics among processes on a CPU; use processes=1, or its defaults")
             module.__class__ = kind
             if kind is nn.SyncBatchNorm: module.process_group = None
     return model
@@ -398,15 +405,17 @@ class Loop:
         self.setup = time.perf_counter() - before[0], time.process_time() - before[1]
         if self.accelerator: globalize_batchnorm(task.model, self.device)
         self.model, self.parameters = task.model, [p for p in task.parameters() if p.requires_grad]
-        self.optimizer = make_optimizer(self.parameters, cfg.optimizer, lr=cfg.lr, momentum=cfg.momentum, betas=cfg.betas, weight_decay=cfg.weight_decay)
-        self.base_lr = optimizer_settings(cfg.optimizer, cfg.lr)["lr"]
+        wrapped = {id(p) for p in task.model.parameters()}
+        self.beside = [p for p in self.parameters if id(p) not in wrapped] if self.accelerator else []  # Accelerate averages the gradients of the model alone
+        given = dict(lr=cfg.lr, momentum=cfg.momentum, betas=cfg.betas, weight_decay=cfg.weight_decay)
+        self.optimizer, self.settings = make_optimizer(self.parameters, cfg.optimizer, **given), plain(optimizer_settings(cfg.optimizer, **given))
+        self.base_lr = self.settings["lr"]
         self.ema = EMA(task.model, cfg.ema_decay) if cfg.ema_decay else None
         self.dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[cfg.precision]
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=cfg.precision == "fp16")
         batches = len(task.batches(0))
         if not batches: raise LabError(f"batch_size={cfg.batch_size} leaves no full batch in the training split; use a smaller one")
-        self.steps_per_epoch = math.ceil(batches / cfg.accumulation)
-        self.total = cfg.steps or cfg.epochs * self.steps_per_epoch
+        self.steps_per_epoch, self.total = cfg.length(batches)
         self.unit = 1 if cfg.steps else self.steps_per_epoch  # what eval_every and save_every count, in steps
         self.step, self.best, self.since_best, self.seconds, self.last_metrics = 0, None, 0, (0.0, 0.0), {}
         self._reset()
@@ -432,6 +441,13 @@ def _add(self: Loop, metrics: dict, weight: float) -> None:
         self.sums[k] = self.sums[k] + v if k in self.sums else v
 
 @patch
+def _average_gradients(self: Loop) -> None:
+    "Over all processes, of the parameters beside the model."
+    for p in self.beside: p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+    mean = self._reduce(torch.cat([p.grad.flatten() for p in self.beside]), "mean")
+    for p, part in zip(self.beside, mean.split([p.numel() for p in self.beside])): p.grad.copy_(part.view_as(p))
+
+@patch
 def train_step(self: Loop, group: list) -> None:
     cfg, step = self.cfg, self.step
     seed = mix(cfg.seed, step, self.rank)  # dropout and the like: a function of the step, not of what came before
@@ -446,6 +462,7 @@ def train_step(self: Loop, group: list) -> None:
             self.scaler.scale(loss / len(group)).backward()
         total = total + loss.detach()
         self._add({"train/loss": loss, **metrics}, 1 / len(group))
+    if self.beside: self._average_gradients()
     self.scaler.unscale_(self.optimizer)
     grads = [p.grad for p in self.parameters if p.grad is not None]
     if cfg.layer_norms and len(grads) < len(self.parameters): grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
@@ -702,8 +719,22 @@ def record_splits(self: Loop) -> None:
     else: save_splits(path, data)
 
 @patch
+def resolved(self: Loop) -> dict:
+    "What auto, 0 and -1 in the configuration came to: into environment.json, and to the tracker. A resumed run must step as it did."
+    path, data = self.run.path / "environment.json", getattr(self.task, "data", None)
+    record = read_json(path)
+    if self.run.resumed and "resolved" in record:
+        if other := [f"{k} (then {record['resolved'].get(k)}, now {v})" for k, v in self.settings.items() if record["resolved"].get(k) != v]:
+            raise LabError(f"run {self.run.name}: the defaults of {self.cfg.optimizer} are no longer those it was started with: {'; '.join(other)}; install the versions in its environment.json, or start a new run")
+        return record["resolved"]
+    found = self.settings | dict(device=str(self.device), threads=torch.get_num_threads()) | (dict(flip=data.flip, crop_padding=data.crop_padding) if data else {})
+    if self.rank == 0: write_json(path, record | {"resolved": found})
+    return found
+
+@patch
 def go(self: Loop) -> dict:
     cfg, run = self.cfg, self.run
+    resolved = self.resolved()
     if run.resumed: self.restore()
     self.started = time.perf_counter(), time.process_time()
     if cfg.compile and torch.are_deterministic_algorithms_enabled():
@@ -712,7 +743,7 @@ def go(self: Loop) -> dict:
     graphs = self.device.type == "cuda" and cfg.accumulation == 1  # a second pass through a CUDA graph would write over the gradients of the first
     net = torch.compile(self.model, mode="reduce-overhead" if graphs else None) if cfg.compile else self.model
     self.task.net = self.accelerator.prepare_model(net) if self.accelerator else net
-    self.tracker = start_tracker(cfg.tracker, run, plain(cfg) | plain(self.task.hyperparameters()), resumed=run.resumed) if self.rank == 0 else None
+    self.tracker = start_tracker(cfg.tracker, run, plain(cfg) | {f"resolved/{k}": v for k, v in resolved.items()} | plain(self.task.hyperparameters()), resumed=run.resumed) if self.rank == 0 else None
     self.bar = _bar(self.total, self.step) if self.rank == 0 else None
     try:
         if self.rank == 0 and hasattr(self.task, "data"): self.record_splits()
@@ -727,9 +758,15 @@ def go(self: Loop) -> dict:
         self.task.net = self.model
 
 # %% ../nbs/07_train.ipynb #c057
+def _launched(cfg: FitConfig) -> int:
+    "How many processes a launcher has started; 1 without one."
+    world = int(os.environ.get("WORLD_SIZE") or 1)
+    if "WORLD_SIZE" in os.environ and cfg.processes not in (1, world): raise LabError(f"processes={cfg.processes}, but WORLD_SIZE={world} in the environment says how many were launched; unset WORLD_SIZE, or leave processes at 1")
+    return world
+
 def _accelerator(cfg: FitConfig):
     "Accelerate, when this is one of several processes."
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1: return None
+    if _launched(cfg) == 1: return None
     from accelerate import Accelerator
     accelerator = Accelerator(cpu=cfg.device == "cpu" or not torch.cuda.is_available())
     _divides(cfg, accelerator.num_processes)
@@ -805,16 +842,16 @@ def prepare(cfg: FitConfig) -> Dataset:
     "Seeds, threads and data of a run; refuses what cannot work before anything is written."
     choose_device(cfg.device)
     if cfg.tracker != "none" and importlib.util.find_spec(cfg.tracker) is None: need(cfg.tracker, cfg.tracker)
+    tracker_patience()
     if cfg.threads > (os.cpu_count() or 1): raise LabError(f"threads={cfg.threads}: this machine has {os.cpu_count()}")
     seed_everything(cfg.seed, cfg.deterministic)
     if cfg.model not in cfg.models(): raise unknown("model", cfg.model, cfg.models())
     data = load_dataset(cfg.dataset, cfg.data_root, cfg.image_size, cfg.val_fraction, cfg.split_seed, cfg.limit, getattr(cfg, "normalization", "data"))
     use_threads(cfg.threads, data.image_size)
-    batches = cfg.batches(len(data.train))
-    total = cfg.steps or cfg.epochs * math.ceil(batches / cfg.accumulation)
+    _, total = cfg.length(cfg.batches(len(data.train)))
     if cfg.patience and not len(data.val.labels): raise LabError("patience needs validation images; use val_fraction above 0, or patience=0")
     if cfg.warmup >= total: raise LabError(f"warmup={cfg.warmup}: expected less than the {total} steps of this training")
-    if cfg.processes > 1: _divides(cfg, cfg.processes)
+    _divides(cfg, max(cfg.processes, _launched(cfg)))
     flip, padding = {"auto": data.flip, "on": True, "off": False}[cfg.flip], data.crop_padding if cfg.crop_padding < 0 else cfg.crop_padding
     if flip and data.name in ("digits", "mnist"): raise LabError(f"flip='on': a mirrored digit is another digit, so {data.name} is never flipped; use flip='auto'")
     if padding >= data.image_size: raise LabError(f"crop_padding={padding} with images of {data.image_size} pixels; expected less than {data.image_size}")
@@ -824,4 +861,12 @@ def prepare(cfg: FitConfig) -> Dataset:
 def classifier(cfg: TrainConfig, data: Dataset) -> nn.Module:
     "The network of a configuration, with weights that depend on its seed alone."
     seed_everything(cfg.seed, cfg.deterministic)
-    return create_model(cfg.model, num_classes=len(data.classes), in_channels=data.train.images.shape[-1], image_size=data.image_size)
+    model = create_model(cfg.model, num_classes=len(data.classes), in_channels=data.train.images.shape[-1], image_size=data.image_size)
+    if cfg.batch_size == 1: _takes_one(model, cfg, data)
+    return model
+
+def _takes_one(model: nn.Module, cfg: TrainConfig, data: Dataset) -> None:
+    "Refuse a network whose BatchNorm would have one value a channel."
+    with torch.random.fork_rng(devices=[]):
+        try: copy.deepcopy(model)(torch.zeros(1, data.train.images.shape[-1], data.image_size, data.image_size))
+        except ValueError as e: raise LabError(f"batch_size=1: BatchNorm in {cfg.model} has one value a channel at {data.image_size} pixels ({e}); use batch_size=2 or more, or larger images") from None
