@@ -119,7 +119,6 @@ def expand(matrix: dict,         # notebook, base, matrix, exclude, include, nam
 
 # %% ../nbs/16_sweep.ipynb #c019
 def _text(value) -> str: return ",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
-
 def _executed(run: dict) -> dict | None:
     "What papermill wrote into the run's notebook; None where there is none, as of a run that was started in another way."
     path = runs_folder() / "notebooks" / f"{run['run_name']}.ipynb"

@@ -82,12 +82,13 @@ class FitConfig(Config):
         if self.batch_size > images: raise LabError(f"batch_size={self.batch_size} is larger than the {images} training images; use at most that")
         return images // self.batch_size
 
-    def length(self, batches: int) -> tuple[int, int]:
-        "Optimiser steps of an epoch of so many batches, and of the whole training."
-        epoch = math.ceil(batches / self.accumulation)
-        return epoch, self.steps or self.epochs * epoch
-
 # %% ../nbs/07_train.ipynb #c006
+@patch
+def length(self: FitConfig, batches: int) -> tuple[int, int]:
+    "Optimiser steps of an epoch of so many batches, and of the whole training."
+    epoch = math.ceil(batches / self.accumulation)
+    return epoch, self.steps or self.epochs * epoch
+
 @dataclass
 class TrainConfig(FitConfig):
     "Everything a supervised run needs."
@@ -498,14 +499,6 @@ def diverged(self: Loop, what: str, step: int) -> None:
     raise NotFinite(f"{what} not finite at step {step}; {kept}; use a smaller lr (now {self.base_lr:g}), grad_clip or more warmup")
 
 @patch
-def _reduce(self: Loop, value: torch.Tensor, how: str) -> torch.Tensor:
-    if self.world == 1: return value
-    import torch.distributed as dist
-    value = value.clone()
-    dist.all_reduce(value, dist.ReduceOp.MAX if how == "max" else dist.ReduceOp.SUM)
-    return value if how == "max" else value / self.world
-
-@patch
 def write(self: Loop, metrics: dict) -> None:
     self.run.log(metrics, self.step, round(self.step / self.steps_per_epoch, 4))
     if self.tracker: self.tracker.log(plain(metrics), self.step)
@@ -545,6 +538,14 @@ def log(self: Loop) -> None:
         self.bar.set_postfix_str(f"loss {line['train/loss']:.4f}" + (f", {shown.split('/')[-1]} {line[shown]:.4f}" if shown in line else ""), refresh=False)
 
 # %% ../nbs/07_train.ipynb #c048
+@patch
+def _reduce(self: Loop, value: torch.Tensor, how: str) -> torch.Tensor:
+    if self.world == 1: return value
+    import torch.distributed as dist
+    value = value.clone()
+    dist.all_reduce(value, dist.ReduceOp.MAX if how == "max" else dist.ReduceOp.SUM)
+    return value if how == "max" else value / self.world
+
 @patch(as_prop=True)
 def inference_model(self: Loop) -> nn.Module: return self.ema.model if self.ema else self.model
 
