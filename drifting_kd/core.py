@@ -10,11 +10,11 @@ from pathlib import Path
 from fastcore.basics import patch
 
 # %% auto #0
-__all__ = ['SCHEMA', 'DETERMINISTIC', 'PACKAGES', 'LabError', 'unknown', 'project_root', 'runs_folder', 'working_folder',
-           'environ', 'plain', 'atomic_write', 'write_json', 'read_json', 'mix', 'generator', 'seed_everything',
-           'choose_device', 'import_torchvision', 'need', 'param', 'check_value', 'Parameters', 'Config', 'split_words',
-           'check_run_name', 'watch_parameters', 'git_state', 'environment', 'try_lock', 'locked', 'once', 'run_state',
-           'Run', 'read_metrics', 'list_runs']
+__all__ = ['SCHEMA', 'DETERMINISTIC', 'RESERVED', 'PACKAGES', 'LabError', 'unknown', 'project_root', 'runs_folder',
+           'working_folder', 'environ', 'plain', 'atomic_write', 'write_json', 'read_json', 'mix', 'generator',
+           'seed_everything', 'choose_device', 'import_torchvision', 'need', 'param', 'check_value', 'Parameters',
+           'Config', 'split_words', 'check_run_name', 'watch_parameters', 'git_state', 'environment', 'try_lock',
+           'locked', 'once', 'run_state', 'Run', 'read_metrics', 'list_runs']
 
 # %% ../nbs/00_core.ipynb #c005
 SCHEMA = 1  # version of every JSON file a run writes
@@ -105,9 +105,12 @@ def write_json(path: str | Path, content: dict) -> None:
 
 def read_json(path: str | Path) -> dict:
     "Read a JSON object; a missing or broken file is one clear error."
-    try: return json.loads(Path(path).read_text(encoding="utf-8"))
+    try: found = json.loads(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError: raise LabError(f"{path} does not exist") from None
+    except OSError as e: raise LabError(f"cannot read {path} ({e.strerror}); expected a file that can be read") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as e: raise LabError(f"{path} is not valid JSON ({e}); delete it or restore it") from None
+    if not isinstance(found, dict): raise LabError(f"{path} holds a JSON {type(found).__name__}, expected an object; delete it or restore it")
+    return found
 
 # %% ../nbs/00_core.ipynb #c016
 def mix(*numbers: int) -> int:
@@ -217,7 +220,7 @@ class Parameters:
 class Config(Parameters):
     "Base of every family's configuration: the parameters of a run."
     run_name: str = param("", "name of the run folder; empty is made from the other parameters")
-    seed: int = param(42, "seed of initial weights, order and augmentation", low=0)
+    seed: int = param(42, "seed of initial weights, order and augmentation", low=0, high=2**63 - 1)
     resume: bool = param(False, "continue the unfinished run of this configuration")
     tracker: str = param("wandb", "wandb (offline without a key), trackio, mlflow or none", choices=("wandb", "trackio", "mlflow", "none"))
     project: str = param("drifting_kd", "project name for the tracker")
@@ -239,10 +242,13 @@ def split_words(text) -> list[str]:
     "`'a, b c'` as a list; a list or tuple as it is."
     return [w for w in re.split(r"[,\s]+", text) if w] if isinstance(text, str) else [str(w) for w in text]
 
+RESERVED = ("artifacts", "artifacts.json", "mlartifacts", "mlruns.db", "notebooks", "trackio")  # what lies in runs/ beside the runs
+
 def check_run_name(name: str, field: str = "run_name", why: str = "a run stays inside runs/") -> None:
     "Refuse what is not the plain name of a file or folder."
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._+=-]{0,150}", name):
         raise LabError(f"{field}={name!r}: expected letters, digits and . _ + = - only (no folders: {why})")
+    if name in RESERVED: raise LabError(f"{field}={name!r} is a name that runs/ needs for something else ({', '.join(RESERVED)}); choose another")
 
 # %% ../nbs/00_core.ipynb #c040
 _LITERALS = (bool, int, float, str, list, tuple, dict, type(None))
@@ -502,12 +508,15 @@ def read_metrics(path: str | Path) -> list[dict]:
     "The lines of a run's metrics.jsonl; a last line that a kill cut off is left out."
     path = Path(path)
     path = path / "metrics.jsonl" if path.is_dir() else path
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    try: lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    except (OSError, UnicodeDecodeError) as e: raise LabError(f"cannot read {path} ({getattr(e, 'strerror', None) or e}); restore the file or delete it") from None
     out = []
     for i, line in enumerate(lines):
         try: out.append(json.loads(line))
         except json.JSONDecodeError:
             if i < len(lines) - 1: raise LabError(f"{path} line {i + 1} is not valid JSON; restore the file or delete that line") from None
+            continue
+        if not isinstance(out[-1], dict) or not isinstance(out[-1].get("step"), int): raise LabError(f"{path} line {i + 1} is not an object with a step; restore the file or delete that line")
     return out
 
 # %% ../nbs/00_core.ipynb #c061

@@ -108,6 +108,7 @@ def expand(matrix: dict,         # notebook, base, matrix, exclude, include, nam
     varying = list(dict.fromkeys(k for run in [*runs, *matrix.get("include", [])] for k in run))
     seen, named = {}, []
     for run in full:
+        if "resume" in run: raise LabError("resume is the sweep's own: it continues what is unfinished; remove it")
         key = json.dumps({k: v for k, v in run.items() if k != "run_name"}, sort_keys=True, default=str)
         name = _name(run, matrix.get("name", ""), varying)
         if key in seen: raise LabError(f"two runs have the same parameters: {dict(run)}; remove one")
@@ -118,7 +119,6 @@ def expand(matrix: dict,         # notebook, base, matrix, exclude, include, nam
 
 # %% ../nbs/16_sweep.ipynb #c019
 def _text(value) -> str: return ",".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
-
 def _executed(run: dict) -> dict | None:
     "What papermill wrote into the run's notebook; None where there is none, as of a run that was started in another way."
     path = runs_folder() / "notebooks" / f"{run['run_name']}.ipynb"
@@ -153,7 +153,8 @@ def _run_one(run: dict, notebook: str, threads: int) -> str:
     for name, value in run.items(): command += ["-p", name, _text(value)]
     env = os.environ | {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "passive", "DKD_ROOT": str(project_root())}
     with open(folder / f"{run['run_name']}.log", "w", encoding="utf-8") as log:
-        if subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=env).returncode == 0: return ""
+        if subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=env).returncode == 0:
+            return "" if run_state(runs_folder() / run["run_name"]) == "finished" else f"{notebook} came to its end, but runs/{run['run_name']} is not finished"
     return ((folder / f"{run['run_name']}.log").read_text(encoding="utf-8", errors="replace").strip().splitlines() or ["it was killed"])[-1]
 
 def run_sweep(runs: list[dict],          # from expand
@@ -189,35 +190,48 @@ def halton(i: int,    # from 1
         x += digit * scale
     return x
 
-_STUDY, _PRIMES = ("notebook", "base", "candidates", "trials", "select", "mode", "tuning_seed", "seeds", "by"), (2, 3, 5, 7, 11, 13)
+_STUDY, _PRIMES = ("notebook", "base", "candidates", "trials", "select", "mode", "tuning_seed", "seeds", "by"), (2, 3, 5)  # few points of a larger base lie on a line
+_EQUAL = {"epochs", "steps", "batch_size", "dataset", "limit", "val_fraction", "model"}  # a candidate with more of these is not compared but favoured
+_OWN = {"seed", "run_name", "resume"}
 
 def _check_candidate(name: str, candidate, base: dict) -> None:
     space = candidate.get("search") if isinstance(candidate, dict) else None
-    if own := {"seed", "run_name"} & set(candidate if isinstance(candidate, dict) else ()): raise LabError(f"candidate {name}: {', '.join(sorted(own))} is the study's own; remove it")
+    given = set(candidate if isinstance(candidate, dict) else ()) | set(space if isinstance(space, dict) else ())
+    if own := _OWN & given: raise LabError(f"candidate {name}: {', '.join(sorted(own))} is the study's own; remove it")
+    if more := _EQUAL & given: raise LabError(f"candidate {name}: {', '.join(sorted(more))} must be equal for all candidates; put it into base")
     if not isinstance(space, dict) or not 1 <= len(space) <= len(_PRIMES): raise LabError(f"candidate {name}: expected parameters and `search: {{name: [low, high]}}` with one to {len(_PRIMES)} names")
     for key, limits in space.items():
-        if not (isinstance(limits, list) and len(limits) == 2 and all(isinstance(v, (int, float)) for v in limits) and 0 < limits[0] and 1.05 * limits[0] < limits[1] < math.inf):
+        if not (isinstance(limits, list) and len(limits) == 2 and all(type(v) in (int, float) for v in limits) and 0 < limits[0] and 1.05 * limits[0] < limits[1] < math.inf):
             raise LabError(f"candidate {name}: {key}: {limits!r}: expected [low, high] with 0 < low and high larger by at least 5 %, searched on a logarithmic scale")
         if key in candidate or key in base: raise LabError(f"candidate {name}: {key} is both searched and given; keep one")
+
+def _mode(metric: str, given: str) -> str:
+    "Which way the metric is better: as its name tells, else as the study says."
+    from drifting_kd.plots import HIGHER, LOWER, direction_of
+    if given not in ("", "max", "min"): raise unknown("mode", given, ("max", "min"))
+    told = set(metric.split("/")[-1].split("_")) & {*HIGHER, *LOWER}
+    if told and given and given != direction_of(metric): raise LabError(f"mode={given!r}: {metric} is better when it is {'higher' if given == 'min' else 'lower'}; remove mode")
+    return direction_of(metric, given)
 
 def load_study(path: str | Path) -> dict:
     "A study file, checked; its name is the file's."
     study = load_yaml(path)
     for key in study:
         if key not in _STUDY: raise unknown("key of a study", key, _STUDY)
-    study = dict(notebook="train", base={}, mode="max", tuning_seed=100, by="optimizer", name=Path(path).stem) | study
+    study = dict(notebook="train", base={}, mode="", tuning_seed=100, by="optimizer", name=Path(path).stem) | study
     try:
         for key, kind, word in (("base", dict, "a mapping"), ("notebook", str, "text"), ("by", str, "text"), ("tuning_seed", int, "a whole number"), ("candidates", dict, "`name: {parameters, search}`")):
-            if key in study and not isinstance(study[key], kind): raise LabError(f"{key}={study[key]!r}: expected {word}")
+            if key in study and type(study[key]) is not kind: raise LabError(f"{key}={study[key]!r}: expected {word}")
         if missing := [k for k in ("candidates", "trials", "select", "seeds") if not study.get(k)]: raise LabError(f"{', '.join(missing)} missing; a study needs candidates, trials, select and seeds")
         for name, candidate in study["candidates"].items(): _check_candidate(name, candidate, study["base"])
-        if not isinstance(study["trials"], int) or study["trials"] < 1: raise LabError(f"trials={study['trials']!r}: expected a whole number of at least 1")
-        if not isinstance(study["seeds"], list) or not all(isinstance(s, int) for s in study["seeds"]) or study["tuning_seed"] in study["seeds"] or len(set(study["seeds"])) < len(study["seeds"]): raise LabError(f"seeds={study['seeds']!r}: expected a list of different seeds without tuning_seed ({study['tuning_seed']}), which has been selected on")
+        if type(study["trials"]) is not int or study["trials"] < 1: raise LabError(f"trials={study['trials']!r}: expected a whole number of at least 1")
+        if not isinstance(study["seeds"], list) or not all(type(s) is int for s in study["seeds"]) or study["tuning_seed"] in study["seeds"] or len(set(study["seeds"])) < len(study["seeds"]): raise LabError(f"seeds={study['seeds']!r}: expected a list of different seeds without tuning_seed ({study['tuning_seed']}), which has been selected on")
         if not str(study["select"]).startswith("val/"): raise LabError(f"select={study['select']!r}: selection sees validation only; expected a metric val/...")
-        if study["mode"] not in ("max", "min"): raise unknown("mode", study["mode"], ("max", "min"))
+        if study["base"].get("val_fraction", 1) == 0: raise LabError(f"select={study['select']!r} needs validation images; use a val_fraction above 0 in base")
+        study["mode"] = _mode(study["select"], study["mode"])
         marks = [json.dumps([c.get(k) for k in split_words(study["by"])]) for c in study["candidates"].values()]
         if len(set(marks)) < len(marks): raise LabError(f"by={study['by']!r}: candidates do not differ in it, so the report could not tell them apart; name the parameters that do, separated by commas")
-        if {"seed", "run_name"} & set(study["base"]): raise LabError("base: seed and run_name are the study's own; remove them")
+        if own := _OWN & set(study["base"]): raise LabError(f"base: {', '.join(sorted(own))} is the study's own; remove it")
     except LabError as e: raise LabError(f"{path}: {e}") from None
     return study
 
@@ -267,7 +281,10 @@ def _run_all(runs: list[dict], study: dict, workers: int) -> list[str]:
 
 def compare(study: dict, workers: int = 1) -> Path:
     "Tune, choose, run the seeds; returns the JSON that says what was chosen from what. Can be repeated until everything is there."
-    _run_all(trials(study), study, workers)
+    first, *rest = trials(study)
+    _run_all([first], study, 1)
+    score(study, first)  # a metric that does not exist is noticed before the other trials are paid for
+    if rest: _run_all(rest, study, workers)
     chosen, path = choose(study), runs_folder() / f"{study['name']}.json"
     write_json(path, dict(study=study, chosen=chosen))
     for name, c in chosen.items():

@@ -10,7 +10,7 @@ from .core import LabError, Run, locked, need, plain, project_root, read_json, r
 
 # %% auto #0
 __all__ = ['BACKENDS', 'QUEUE', 'IMAGE_BYTES', 'Backend', 'wandb_key', 'wandb_mode', 'Wandb', 'Trackio', 'Mlflow', 'Degraded',
-           'Tracker', 'start_tracker', 'index_artifact', 'resolve_artifact']
+           'tracker_patience', 'Tracker', 'start_tracker', 'index_artifact', 'resolve_artifact']
 
 # %% ../nbs/01_track.ipynb #c005
 class Backend:
@@ -165,7 +165,8 @@ class Degraded(RuntimeError):
 
 def _short(e: BaseException) -> str: return (str(e).strip().splitlines() or [type(e).__name__])[0][:400]
 
-def _patience() -> float:
+def tracker_patience() -> float:
+    "Seconds to wait for a tracker at the end: DKD_TRACKER_WAIT."
     given = os.environ.get("DKD_TRACKER_WAIT", "30")
     try: seconds = float(given)
     except ValueError: seconds = -1
@@ -185,7 +186,7 @@ class _Courier:
     def __init__(self, name: str,       # for warnings
                  backend: Backend,      # who does it
                 ):
-        self.name, self.backend, self.patience = name, backend, _patience()
+        self.name, self.backend, self.patience = name, backend, tracker_patience()
         self.calls, self.problems, self.told = queue.Queue(QUEUE), [], False
         self.dropped, self.bytes, self.lock, self.dead, self.closed = 0, 0, threading.Lock(), False, False
         self.thread = None

@@ -13,9 +13,9 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import nn
 from .core import (Config, LabError, Run, atomic_write, choose_device, import_torchvision, mix, need, param, plain, read_json, seed_everything, unknown, write_json)
-from .data import Batches, Dataset, Split, load_dataset, normalize, save_splits, splits_hash
+from .data import Batches, Dataset, Split, load_array, load_dataset, normalize, save_splits, splits_hash
 from .models import create_model, layer_names, list_models, load_checkpoint, model_name, output_sizes, parameter_layers
-from .track import start_tracker
+from .track import start_tracker, tracker_patience
 
 # %% auto #0
 __all__ = ['OPTIMIZERS', 'RECENT', 'FitConfig', 'TrainConfig', 'optimizer_class', 'optimizer_settings', 'make_optimizer',
@@ -83,12 +83,18 @@ class FitConfig(Config):
         return images // self.batch_size
 
 # %% ../nbs/07_train.ipynb #c006
+@patch
+def length(self: FitConfig, batches: int) -> tuple[int, int]:
+    "Optimiser steps of an epoch of so many batches, and of the whole training."
+    epoch = math.ceil(batches / self.accumulation)
+    return epoch, self.steps or self.epochs * epoch
+
 @dataclass
 class TrainConfig(FitConfig):
     "Everything a supervised run needs."
     normalization: str = param("data", "data (of the training images) or constants (CIFAR's published)", choices=("data", "constants"))
     label_smoothing: float = param(0.0, "label smoothing", low=0, high=0.99)
-    noise: float = param(0.0, "Gaussian noise on training pixels, each image's own strength up to this share of the range", low=0, high=1)
+    noise: float = param(0.0, "Gaussian noise on training pixels, each image's own strength up to this share of the range; drawn by batch and process", low=0, high=1)
 
 # %% ../nbs/07_train.ipynb #c008
 OPTIMIZERS = {"sgd": dict(lr=0.1, momentum=0.9, weight_decay=1e-4), "nesterov": dict(lr=0.1, momentum=0.9, weight_decay=1e-4, nesterov=True),
@@ -145,7 +151,8 @@ def lr_at(step: int,                # optimiser step, from 0
 
 # %% ../nbs/07_train.ipynb #c020
 def expected_calibration_error(probabilities: np.ndarray, labels: np.ndarray, bins: int = 15) -> float:
-    "Mean |accuracy - confidence| over bins of confidence, weighted by their size."
+    "Mean |accuracy - confidence| over bins of confidence, weighted by their size; not a number where a probability is none."
+    if not np.isfinite(probabilities).all(): return math.nan
     confidence, correct = probabilities.max(1), probabilities.argmax(1) == labels
     which = np.minimum((confidence * bins).astype(int), bins - 1)
     gap = np.bincount(which, weights=correct - confidence, minlength=bins)
@@ -157,7 +164,7 @@ def classification_metrics(logits: np.ndarray, # [N, C]
     "loss, accuracy, accuracy_percent, macro_f1, auroc (one against rest, mean over the classes present) and ece."
     from sklearn.metrics import f1_score, roc_auc_score
     logits, labels = np.asarray(logits, np.float64), np.asarray(labels)
-    logp = logits - logits.max(1, keepdims=True)
+    with np.errstate(invalid="ignore"): logp = logits - logits.max(1, keepdims=True)  # infinite logits: the metrics say so
     logp -= np.log(np.exp(logp).sum(1, keepdims=True))
     p, predicted = np.exp(logp), logits.argmax(1)
     accuracy = float((predicted == labels).mean())
@@ -341,6 +348,8 @@ def globalize_batchnorm(model: nn.Module, device) -> nn.Module:
     for module in model.modules():
         if type(module) in (nn.BatchNorm1d, nn.BatchNorm3d): raise LabError(f"{type(module).__name__} cannot share its statistics among processes here; use processes=1, or BatchNorm2d")
         if type(module) is nn.BatchNorm2d:
+            if kind is GlobalBatchNorm and not (module.affine and module.track_running_stats and module.momentum is not None):
+                raise LabError("BatchNorm2d without weights, running statistics or momentum cannot share its statistics among processes on a CPU; use processes=1, or its defaults")
             module.__class__ = kind
             if kind is nn.SyncBatchNorm: module.process_group = None
     return model
@@ -379,7 +388,7 @@ def _link(source: Path, target: Path) -> None:
     os.replace(part, target)
 
 # %% ../nbs/07_train.ipynb #c042
-class NotFinite(LabError): "The loss or its gradient became NaN or infinite."
+class NotFinite(LabError): "The loss, its gradient, the weights or the validation loss became NaN or infinite."
 
 class Loop:
     "The state of one training; `fit` makes it and calls `go`."
@@ -397,15 +406,17 @@ class Loop:
         self.setup = time.perf_counter() - before[0], time.process_time() - before[1]
         if self.accelerator: globalize_batchnorm(task.model, self.device)
         self.model, self.parameters = task.model, [p for p in task.parameters() if p.requires_grad]
-        self.optimizer = make_optimizer(self.parameters, cfg.optimizer, lr=cfg.lr, momentum=cfg.momentum, betas=cfg.betas, weight_decay=cfg.weight_decay)
-        self.base_lr = optimizer_settings(cfg.optimizer, cfg.lr)["lr"]
+        wrapped = {id(p) for p in task.model.parameters()}
+        self.beside = [p for p in self.parameters if id(p) not in wrapped] if self.accelerator else []  # Accelerate averages the gradients of the model alone
+        given = dict(lr=cfg.lr, momentum=cfg.momentum, betas=cfg.betas, weight_decay=cfg.weight_decay)
+        self.optimizer, self.settings = make_optimizer(self.parameters, cfg.optimizer, **given), plain(optimizer_settings(cfg.optimizer, **given))
+        self.base_lr = self.settings["lr"]
         self.ema = EMA(task.model, cfg.ema_decay) if cfg.ema_decay else None
         self.dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[cfg.precision]
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=cfg.precision == "fp16")
         batches = len(task.batches(0))
         if not batches: raise LabError(f"batch_size={cfg.batch_size} leaves no full batch in the training split; use a smaller one")
-        self.steps_per_epoch = math.ceil(batches / cfg.accumulation)
-        self.total = cfg.steps or cfg.epochs * self.steps_per_epoch
+        self.steps_per_epoch, self.total = cfg.length(batches)
         self.unit = 1 if cfg.steps else self.steps_per_epoch  # what eval_every and save_every count, in steps
         self.step, self.best, self.since_best, self.seconds, self.last_metrics = 0, None, 0, (0.0, 0.0), {}
         self._reset()
@@ -431,6 +442,13 @@ def _add(self: Loop, metrics: dict, weight: float) -> None:
         self.sums[k] = self.sums[k] + v if k in self.sums else v
 
 @patch
+def _average_gradients(self: Loop) -> None:
+    "Over all processes, of the parameters beside the model."
+    for p in self.beside: p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+    mean = self._reduce(torch.cat([p.grad.flatten() for p in self.beside]), "mean")
+    for p, part in zip(self.beside, mean.split([p.numel() for p in self.beside])): p.grad.copy_(part.view_as(p))
+
+@patch
 def train_step(self: Loop, group: list) -> None:
     cfg, step = self.cfg, self.step
     seed = mix(cfg.seed, step, self.rank)  # dropout and the like: a function of the step, not of what came before
@@ -445,6 +463,7 @@ def train_step(self: Loop, group: list) -> None:
             self.scaler.scale(loss / len(group)).backward()
         total = total + loss.detach()
         self._add({"train/loss": loss, **metrics}, 1 / len(group))
+    if self.beside: self._average_gradients()
     self.scaler.unscale_(self.optimizer)
     grads = [p.grad for p in self.parameters if p.grad is not None]
     if cfg.layer_norms and len(grads) < len(self.parameters): grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.parameters]
@@ -465,20 +484,19 @@ def train_step(self: Loop, group: list) -> None:
 # %% ../nbs/07_train.ipynb #c046
 @patch
 def check_finite(self: Loop) -> None:
-    bad = self._reduce(self.bad, "max").item()
-    if bad < 0: return
-    last = self.run.path / "checkpoints" / "last.pt"
-    if self.rank == 0: write_json(self.run.path / "diverged.json", dict(step=bad))  # so that a sweep need not try it again
-    kept = f"the last good checkpoint is {last} (step {load_checkpoint(last)['step']})" if last.exists() else "no checkpoint had been written yet"
-    raise NotFinite(f"the loss or its gradient is not finite at step {bad}; {kept}; use a smaller lr (now {self.base_lr:g}), grad_clip or more warmup")
+    "The losses and gradients so far, and the weights that the last update left."
+    weights = torch.stack(torch._foreach_norm([p.detach() for p in self.parameters])).sum()
+    worst = torch.stack([self.bad, torch.where(torch.isfinite(weights), -1, self.step - 1)])
+    bad, broken = self._reduce(worst, "max").tolist()
+    if bad >= 0: self.diverged("the loss or its gradient is", bad)
+    if broken >= 0: self.diverged("the weights are", broken)
 
 @patch
-def _reduce(self: Loop, value: torch.Tensor, how: str) -> torch.Tensor:
-    if self.world == 1: return value
-    import torch.distributed as dist
-    value = value.clone()
-    dist.all_reduce(value, dist.ReduceOp.MAX if how == "max" else dist.ReduceOp.SUM)
-    return value if how == "max" else value / self.world
+def diverged(self: Loop, what: str, step: int) -> None:
+    last = self.run.path / "checkpoints" / "last.pt"
+    if self.rank == 0: write_json(self.run.path / "diverged.json", dict(step=step))  # so that a sweep need not try it again
+    kept = f"the last good checkpoint is {last} (step {load_checkpoint(last)['step']})" if last.exists() else "no checkpoint had been written yet"
+    raise NotFinite(f"{what} not finite at step {step}; {kept}; use a smaller lr (now {self.base_lr:g}), grad_clip or more warmup")
 
 @patch
 def write(self: Loop, metrics: dict) -> None:
@@ -520,6 +538,14 @@ def log(self: Loop) -> None:
         self.bar.set_postfix_str(f"loss {line['train/loss']:.4f}" + (f", {shown.split('/')[-1]} {line[shown]:.4f}" if shown in line else ""), refresh=False)
 
 # %% ../nbs/07_train.ipynb #c048
+@patch
+def _reduce(self: Loop, value: torch.Tensor, how: str) -> torch.Tensor:
+    if self.world == 1: return value
+    import torch.distributed as dist
+    value = value.clone()
+    dist.all_reduce(value, dist.ReduceOp.MAX if how == "max" else dist.ReduceOp.SUM)
+    return value if how == "max" else value / self.world
+
 @patch(as_prop=True)
 def inference_model(self: Loop) -> nn.Module: return self.ema.model if self.ema else self.model
 
@@ -532,6 +558,7 @@ def evaluate(self: Loop) -> bool:
     layers = [name for name in parameter_layers(self.model) if name in layer_names(self.model)] if self.cfg.layer_norms else []
     with undisturbed(self.inference_model) as model, self.autocast():
         with output_sizes(model, layers) as sizes: metrics = self.task.evaluate(model, "val")
+        if not math.isfinite(metrics.get("val/loss", 0.0)): self.diverged("the validation loss is", self.step)
         if self.rank == 0: self.task.preview(model, self.run)
     seconds, cpu_seconds = self.elapsed()
     if layers:
@@ -556,7 +583,8 @@ def elapsed(self: Loop) -> tuple[float, float]:
 @patch
 def checkpoint(self: Loop) -> dict:
     spec = getattr(self.model, "spec", {"factory": "", "kwargs": {}})
-    loop = dict(sums=self.sums, squares=self.squares, count=self.count, best=self.best, since_best=self.since_best, seconds=self.elapsed(), scaler=self.scaler.state_dict())
+    self.sums = {name: self._reduce(self.sums[name], "mean") for name in sorted(self.sums)}  # of all processes, also in the run that goes on: a resumed one has no more
+    loop = dict(sums=self.sums, squares=self.squares, count=self.count, best=self.best, since_best=self.since_best, seconds=self.elapsed(), scaler=self.scaler.state_dict(), processes=self.world)
     return dict(model=self.model.state_dict(), ema=self.ema.model.state_dict() if self.ema else None, optimizer=self.optimizer.state_dict(), task=self.task.facts() | {"state": self.task.state()},
                 rng=random_state(), config=plain(self.cfg), factory=spec["factory"], kwargs=spec["kwargs"], step=self.step, epoch=self.step // self.steps_per_epoch,
                 metrics=plain(self.last_metrics | self.task.summary()), loop=loop)
@@ -583,13 +611,21 @@ def restore(self: Loop) -> None:
     path = self.run.path / "checkpoints" / "last.pt"
     if not path.exists(): return self.run.truncate(-1)  # killed before its first checkpoint
     c = load_checkpoint(path)
-    self.model.load_state_dict(c["model"])
-    if self.ema: self.ema.model.load_state_dict(c["ema"])
-    self.optimizer.load_state_dict(c["optimizer"])
-    self.task.load_state(c["task"]["state"])
-    set_random_state(c["rng"])
+    if c["optimizer"] is None or "loop" not in c: raise LabError(f"checkpoint {path} holds weights only, as final_model.pt does, and nothing to continue from; use another of the run's checkpoints")
+    if other := [f"{k} (there {c['config'].get(k)!r}, here {v!r})" for k, v in self.cfg.identity().items() if c["config"].get(k) != v]:
+        raise LabError(f"checkpoint {path} is of another run: {'; '.join(other)}; use one of this run's")
     loop = c["loop"]
-    if loop["scaler"]: self.scaler.load_state_dict(loop["scaler"])
+    if loop.get("processes", self.world) != self.world: raise LabError(f"run {self.run.name} was trained by {loop['processes']} processes and here there are {self.world}; start as many, or a new run")
+    try:
+        self.model.load_state_dict(c["model"])
+        if self.ema: self.ema.model.load_state_dict(c["ema"])
+        self.optimizer.load_state_dict(c["optimizer"])
+        self.task.load_state(c["task"]["state"])
+        if loop["scaler"]: self.scaler.load_state_dict(loop["scaler"])
+    except LabError: raise
+    except (RuntimeError, ValueError, TypeError, KeyError, AttributeError) as e:
+        raise LabError(f"checkpoint {path} does not fit this network and optimiser ({' '.join(str(e).split())[:200]}); use one of this run's, made by this version") from None
+    set_random_state(c["rng"])
     self.sums, self.count = {k: v.to(self.device) for k, v in loop["sums"].items()}, loop["count"]
     if torch.is_tensor(loop.get("squares")): self.squares = loop["squares"].to(self.device)
     elif self.count: self.squares = math.nan  # layer_norms was off: the window has begun without it
@@ -678,13 +714,28 @@ def record_splits(self: Loop) -> None:
     "Write splits.npz; a resumed run must have the very images it began with."
     path, data = self.run.path / "splits.npz", self.task.data
     if self.run.resumed and path.exists():
-        with np.load(path, allow_pickle=False) as saved: there = str(saved["hash"]), str(saved["sha256"])
+        saved = load_array(path)
+        there = str(saved["hash"]), str(saved["sha256"])
         if there != (splits_hash(data), data.sha256): raise LabError(f"run {self.run.name} was started on other images called {data.name}; restore them, or start a new run")
     else: save_splits(path, data)
 
 @patch
+def resolved(self: Loop) -> dict:
+    "What auto, 0 and -1 in the configuration came to: into environment.json, and to the tracker. A resumed run must step as it did."
+    path, data = self.run.path / "environment.json", getattr(self.task, "data", None)
+    record = read_json(path)
+    if self.run.resumed and "resolved" in record:
+        if other := [f"{k} (then {record['resolved'].get(k)}, now {v})" for k, v in self.settings.items() if record["resolved"].get(k) != v]:
+            raise LabError(f"run {self.run.name}: the defaults of {self.cfg.optimizer} are no longer those it was started with: {'; '.join(other)}; install the versions in its environment.json, or start a new run")
+        return record["resolved"]
+    found = self.settings | dict(device=str(self.device), threads=torch.get_num_threads()) | (dict(flip=data.flip, crop_padding=data.crop_padding) if data else {})
+    if self.rank == 0: write_json(path, record | {"resolved": found})
+    return found
+
+@patch
 def go(self: Loop) -> dict:
     cfg, run = self.cfg, self.run
+    resolved = self.resolved()
     if run.resumed: self.restore()
     self.started = time.perf_counter(), time.process_time()
     if cfg.compile and torch.are_deterministic_algorithms_enabled():
@@ -693,7 +744,7 @@ def go(self: Loop) -> dict:
     graphs = self.device.type == "cuda" and cfg.accumulation == 1  # a second pass through a CUDA graph would write over the gradients of the first
     net = torch.compile(self.model, mode="reduce-overhead" if graphs else None) if cfg.compile else self.model
     self.task.net = self.accelerator.prepare_model(net) if self.accelerator else net
-    self.tracker = start_tracker(cfg.tracker, run, plain(cfg) | plain(self.task.hyperparameters()), resumed=run.resumed) if self.rank == 0 else None
+    self.tracker = start_tracker(cfg.tracker, run, plain(cfg) | {f"resolved/{k}": v for k, v in resolved.items()} | plain(self.task.hyperparameters()), resumed=run.resumed) if self.rank == 0 else None
     self.bar = _bar(self.total, self.step) if self.rank == 0 else None
     try:
         if self.rank == 0 and hasattr(self.task, "data"): self.record_splits()
@@ -708,9 +759,15 @@ def go(self: Loop) -> dict:
         self.task.net = self.model
 
 # %% ../nbs/07_train.ipynb #c057
+def _launched(cfg: FitConfig) -> int:
+    "How many processes a launcher has started; 1 without one."
+    world = int(os.environ.get("WORLD_SIZE") or 1)
+    if "WORLD_SIZE" in os.environ and cfg.processes not in (1, world): raise LabError(f"processes={cfg.processes}, but WORLD_SIZE={world} in the environment says how many were launched; unset WORLD_SIZE, or leave processes at 1")
+    return world
+
 def _accelerator(cfg: FitConfig):
     "Accelerate, when this is one of several processes."
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1: return None
+    if _launched(cfg) == 1: return None
     from accelerate import Accelerator
     accelerator = Accelerator(cpu=cfg.device == "cpu" or not torch.cuda.is_available())
     _divides(cfg, accelerator.num_processes)
@@ -786,16 +843,16 @@ def prepare(cfg: FitConfig) -> Dataset:
     "Seeds, threads and data of a run; refuses what cannot work before anything is written."
     choose_device(cfg.device)
     if cfg.tracker != "none" and importlib.util.find_spec(cfg.tracker) is None: need(cfg.tracker, cfg.tracker)
+    tracker_patience()
     if cfg.threads > (os.cpu_count() or 1): raise LabError(f"threads={cfg.threads}: this machine has {os.cpu_count()}")
     seed_everything(cfg.seed, cfg.deterministic)
     if cfg.model not in cfg.models(): raise unknown("model", cfg.model, cfg.models())
     data = load_dataset(cfg.dataset, cfg.data_root, cfg.image_size, cfg.val_fraction, cfg.split_seed, cfg.limit, getattr(cfg, "normalization", "data"))
     use_threads(cfg.threads, data.image_size)
-    batches = cfg.batches(len(data.train))
-    total = cfg.steps or cfg.epochs * math.ceil(batches / cfg.accumulation)
+    _, total = cfg.length(cfg.batches(len(data.train)))
     if cfg.patience and not len(data.val.labels): raise LabError("patience needs validation images; use val_fraction above 0, or patience=0")
     if cfg.warmup >= total: raise LabError(f"warmup={cfg.warmup}: expected less than the {total} steps of this training")
-    if cfg.processes > 1: _divides(cfg, cfg.processes)
+    _divides(cfg, max(cfg.processes, _launched(cfg)))
     flip, padding = {"auto": data.flip, "on": True, "off": False}[cfg.flip], data.crop_padding if cfg.crop_padding < 0 else cfg.crop_padding
     if flip and data.name in ("digits", "mnist"): raise LabError(f"flip='on': a mirrored digit is another digit, so {data.name} is never flipped; use flip='auto'")
     if padding >= data.image_size: raise LabError(f"crop_padding={padding} with images of {data.image_size} pixels; expected less than {data.image_size}")
@@ -805,4 +862,12 @@ def prepare(cfg: FitConfig) -> Dataset:
 def classifier(cfg: TrainConfig, data: Dataset) -> nn.Module:
     "The network of a configuration, with weights that depend on its seed alone."
     seed_everything(cfg.seed, cfg.deterministic)
-    return create_model(cfg.model, num_classes=len(data.classes), in_channels=data.train.images.shape[-1], image_size=data.image_size)
+    model = create_model(cfg.model, num_classes=len(data.classes), in_channels=data.train.images.shape[-1], image_size=data.image_size)
+    if cfg.batch_size == 1: _takes_one(model, cfg, data)
+    return model
+
+def _takes_one(model: nn.Module, cfg: TrainConfig, data: Dataset) -> None:
+    "Refuse a network whose BatchNorm would have one value a channel."
+    with torch.random.fork_rng(devices=[]):
+        try: copy.deepcopy(model)(torch.zeros(1, data.train.images.shape[-1], data.image_size, data.image_size))
+        except ValueError as e: raise LabError(f"batch_size=1: BatchNorm in {cfg.model} has one value a channel at {data.image_size} pixels ({e}); use batch_size=2 or more, or larger images") from None

@@ -114,6 +114,25 @@ def test_checkpoint_that_executes_code_is_refused(runs, form, words):
     line = refused(runs, run_name="stopped", resume=True)
     assert str(last) in line and words in line and not planted.exists()
 
+def test_checkpoint_of_another_run_is_refused(runs):
+    "Weights only, another configuration, another network, another number of processes: each is named."
+    import torch
+    last, config = runs / "stopped/checkpoints/last.pt", runs / "stopped/config.json"
+    own = torch.load(last, weights_only=True)
+    shutil.copyfile(runs / "whole/final_model.pt", last)
+    assert "holds weights only" in refused(runs, run_name="stopped", resume=True)
+    for other, words in ((own | {"config": own["config"] | {"optimizer": "sgd"}}, "is of another run: optimizer (there 'sgd', here 'adamw')"),
+                         (own | {"model": {k.replace("head", "tail"): v for k, v in own["model"].items()}}, "does not fit this network and optimiser"),
+                         (own | {"loop": own["loop"] | {"processes": 2}}, "was trained by 2 processes and here there are 1")):
+        torch.save(other, last)
+        line = refused(runs, run_name="stopped", resume=True)
+        assert words in line and (str(last) in line or "processes" in line) and config.exists()
+
+def test_update_that_diverges_is_one_line(runs):
+    "The loss and its gradient are finite; what the update made of the weights is not worth a traceback."
+    line = refused(runs, run_name="far", optimizer="sgd", steps=40, lr=100, weight_decay=10.0, schedule="none")
+    assert "NotFinite: " in line and "not finite at step 1;" in line and (runs / "far/diverged.json").exists()
+
 def test_damaged_config_is_named(runs):
     config = runs / "stopped/config.json"
     config.write_text(config.read_text()[:100])

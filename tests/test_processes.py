@@ -1,7 +1,7 @@
 "Two processes (gloo) give the losses of one with the same global batch, to summation order; one of them writes."
-import json, socket
+import json, signal, socket, subprocess, sys
 import pytest
-from conftest import losses, train, weights
+from conftest import losses, same_weights, train, weights
 
 NO_BATCHNORM = "import drifting_kd.train as t, torch; create = t.create_model\ndef plain(*a, **k):\n    m = create(*a, **k)\n    for x in m.modules():\n        for n, c in x.named_children():\n            if isinstance(c, torch.nn.BatchNorm2d): setattr(x, n, torch.nn.Identity())\n    return m\nt.create_model = plain"
 def two_processes() -> list[str]:
@@ -42,6 +42,69 @@ def test_processes_parameter(lab):
     assert max(gaps[:2]) < 1e-5 and max(gaps) < 1e-2, gaps  # of each layer, too
     one, two = ({k: v for _, line in losses(lab / "runs" / name) for k, v in line.items() if k.startswith("val/activation_rms/")} for name in ("one", "two"))
     assert "val/activation_rms/conv1" in one and one.keys() == two.keys() and all(abs(one[k] - two[k]) < 1e-2 * one[k] for k in one)  # each process saw its share of the images
+
+def test_two_processes_killed_and_resumed(lab):
+    "Between two log lines: the half-full window of both goes on."
+    die = "import os, signal; os.setsid()\nimport drifting_kd.train as t\ndef after_step(self, step):\n    if step == 8: os.killpg(0, signal.SIGKILL)\nt.Classify.after_step = after_step"
+    settings = dict(processes=2, epochs=2, log_every=4, save_every=1)
+    whole, killed = train(run_name="whole", **settings), train(die, run_name="killed", **settings)
+    assert whole.returncode == 0 and killed.returncode == -signal.SIGKILL and not (lab / "runs/killed/metrics.json").exists()
+    resumed = train(run_name="killed", resume=True, **settings)
+    assert resumed.returncode == 0 and "after step 6 " in resumed.stdout, resumed.stderr[-2000:]
+    assert losses(lab / "runs/whole") == losses(lab / "runs/killed") and same_weights(lab / "runs/whole", lab / "runs/killed")
+
+JOINED = """
+import torch, torch.distributed as dist
+from torch import nn
+from torch.testing import assert_close
+from drifting_kd.train import globalize_batchnorm
+dist.init_process_group("gloo")
+half = lambda x: x.chunk(2)[dist.get_rank()]
+torch.manual_seed(0)
+x, upstream, one, own = 2 * torch.randn(6, 3, 4, 4) + 1, torch.randn(6, 3, 4, 4), nn.BatchNorm2d(3), nn.BatchNorm2d(3)
+for p in one.parameters(): nn.init.normal_(p)
+own.load_state_dict(one.state_dict())
+globalize_batchnorm(own, torch.device("cpu"))
+a, b = x.clone().requires_grad_(), half(x).clone().requires_grad_()
+for _ in range(2): whole, part = one(a), own(b)
+(whole * upstream).sum().backward(), (part * half(upstream)).sum().backward()
+for p in own.parameters(): dist.all_reduce(p.grad)
+pairs = [(part, half(whole)), (b.grad, half(a.grad)), (own.weight.grad, one.weight.grad), (own.bias.grad, one.bias.grad)]
+pairs += [(own.running_mean, one.running_mean), (own.running_var, one.running_var), (own.num_batches_tracked, one.num_batches_tracked), (own.eval()(b), half(one.eval()(a)))]
+for mine, theirs in pairs: assert_close(mine, theirs, atol=1e-6, rtol=1e-5)
+"""
+
+def test_global_batchnorm_is_batchnorm_of_the_joined_batch(tmp_path):
+    (tmp_path / "joined.py").write_text(JOINED)
+    done = subprocess.run([sys.executable, *two_processes(), str(tmp_path / "joined.py")], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+def test_a_batchnorm_that_cannot_be_shared_is_refused():
+    import torch
+    from drifting_kd.train import globalize_batchnorm
+    for odd in (dict(affine=False), dict(momentum=None), dict(track_running_stats=False)):
+        with pytest.raises(ValueError, match="use processes=1"): globalize_batchnorm(torch.nn.BatchNorm2d(2, **odd), torch.device("cpu"))
+
+BESIDE = NO_BATCHNORM + """
+class Classify(t.Classify):
+    def setup(self, *where):
+        super().setup(*where)
+        self.head = torch.nn.Linear(10, 10)
+        torch.nn.init.eye_(self.head.weight), torch.nn.init.zeros_(self.head.bias)
+    def parameters(self): return [*super().parameters(), *self.head.parameters()]
+    def loss(self, batch, step):
+        logits = self.head(self.net(t.normalize(batch.x, self.data.mean, self.data.std)))
+        return t.F.cross_entropy(logits, batch.y), {}
+    def state(self): return dict(head=self.head.state_dict())
+"""
+
+def test_parameters_beside_the_model_are_averaged(lab):
+    import torch
+    for name, processes in (("one", 1), ("two", 2)):
+        done = train(BESIDE, run_name=name, processes=processes, epochs=1, lr=0.1, schedule="none")
+        assert done.returncode == 0, done.stderr[-2000:]
+    one, two = (torch.load(lab / "runs" / n / "checkpoints/last.pt", weights_only=True)["task"]["state"]["head"] for n in ("one", "two"))
+    assert (one["weight"] - torch.eye(10)).abs().max() > 1e-3 and all((one[k] - two[k]).abs().max() < 1e-5 for k in one)
 
 def test_a_batch_that_does_not_divide_is_refused(lab):
     out = train(processes=2, batch_size=51)

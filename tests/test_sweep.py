@@ -54,6 +54,18 @@ def test_every_run_once_and_failures_cost_only_themselves(toy):
     done = dkd("sweep", matrix)
     assert done.returncode == 1 and "finished with other parameters: lr (there 0.1, here 0.5)" in done.stderr
 
+def test_what_ends_well_must_have_finished_its_run(toy):
+    notebook = toy / "nbs" / "toy.ipynb"
+    notebook.write_text(notebook.read_text().replace("run = Run(", "cfg.run_name = 'other'; run = Run("))
+    (toy / "m.yaml").write_text("notebook: toy\nmatrix: {lr: [0.1]}\nname: 'lr{lr}'")
+    done = dkd("sweep", toy / "m.yaml")
+    assert done.returncode == 1 and "runs/lr0.1 is not finished" in done.stderr, done.stdout + done.stderr
+
+def test_a_metric_that_does_not_exist_costs_one_trial(toy):
+    (toy / "s.yaml").write_text("notebook: toy\ncandidates: {sgd: {optimizer: sgd, search: {lr: [0.001, 1.0]}}}\ntrials: 3\nselect: val/best_acuracy\nmode: max\nseeds: [0]")
+    done = dkd("compare", toy / "s.yaml")
+    assert done.returncode == 1 and "did you mean 'val/best_accuracy'" in done.stderr and began(toy) == {"s-sgd-t1": 1}, done.stdout + done.stderr
+
 def test_a_finished_run_is_known_by_what_it_was_given(toy):
     "Not by what its configuration made of it."
     matrix = toy / "m.yaml"
