@@ -588,12 +588,13 @@ def _from_checkpoint(file: Path, source: str, data: Dataset, device, dtype: torc
     name = file.parent.name if file.name == "final_model.pt" else f"{file.parent.parent.name}/{file.stem}" if file.parent.name == "checkpoints" else file.stem
     size = task.get("image_size") or data.image_size
     teacher = Teacher(Frozen(model, task["mean"], task["std"], name, device, dtype, size=0 if size == data.image_size else size), source, count_parameters(model))
-    names, unnamed = task.get("classes") or [], [str(i) for i in range(data.num_classes)]
-    if len(names) == data.num_classes and names != data.classes:
-        if unnamed not in (names, data.classes):
+    names = task.get("classes") or []
+    if len(names) == data.num_classes and task.get("data_sha256") != data.sha256:
+        named = names != [str(i) for i in range(len(names))] or c.get("dataset") in ("digits", "mnist")  # where else a number is no name
+        if not (named and data.named): teacher.notes.append("class names are not known on both sides")
+        elif names != data.classes:
             other = next(i for i, (a, b) in enumerate(zip(names, data.classes)) if a != b)
             raise LabError(f"teacher {source} has other classes than {data.name}: class {other} is {names[other]!r} there and {data.classes[other]!r} here; give a teacher of the same classes in the same order")
-        teacher.notes.append("class names are not known on both sides")
     if task.get("data_sha256") != data.sha256 and c.get("dataset") != data.name: teacher.notes.append(f"trained on {c.get('dataset') or 'other data'}; whether that holds images of {data.name} is not known")
     elif (seen := _split_of(file, checkpoint)) is None: teacher.notes.append("its training images are not known")
     else: teacher.seen, teacher.split = seen, f"val_fraction {c.get('val_fraction')}, split_seed {c.get('split_seed')}"
@@ -730,6 +731,10 @@ class Calibration:
         if not len(self.half): raise LabError("calibration needs validation images; use val_fraction above 0, or confidences 'raw' or 'label_free'")
         logits, labels, _ = self._logits(self.half, augment=False)
         self.accuracy = [float((z.argmax(1) == labels).double().mean()) for z in logits]
+        chance = 1 / self.data.num_classes
+        least = chance + 2 * (chance * (1 - chance) / len(labels))**.5  # two standard errors
+        for t, accuracy in zip(teachers, self.accuracy):
+            if accuracy <= min(least, .99): raise LabError(f"teacher {t.name} is right on {accuracy:.1%} of the {len(labels)} calibration images, no better than guessing among {self.data.num_classes} classes; give a teacher of the same classes in the same order")
         self.temperature = torch.tensor([fit_temperature(z, labels) for z in logits])
 
     def _logits(self, split: Split, augment: bool, epoch: int = 0) -> tuple[Tensor, Tensor, Tensor]:
