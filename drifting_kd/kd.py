@@ -302,7 +302,7 @@ class Composition:
     T: float = 0.               # 0 is the loss's own
     weight: float | None = None # of the soft loss; None is 1, and 9 for standardised logits
     alpha: float = 1.           # of the label's cross-entropy
-    value: float = 1.           # of a constant gate; of a schedule at the start
+    value: float = .9           # of a constant gate; of a schedule at the start
     end: float = 0.             # of a schedule at the end of training
     gamma: float = 10.          # steepness of a confidence gate
     threshold: float = .5       # where a confidence gate is one half
@@ -320,8 +320,9 @@ class Composition:
             if v is None and what == "weight": continue
             if not isinstance(v, (int, float)) or isinstance(v, bool) or not 0 <= v <= top or v == math.inf: raise LabError(f"{what}={v!r}: expected a number from 0{f' to {top}' if top == 1 else ' upwards'}")
         known = set(inspect.signature(LOSSES[self.loss][0]).parameters) - {"student", "teacher", "labels", "T"} if self.loss else set()
-        for name in self.options:
+        for name, v in self.options.items():
             if name not in known: raise unknown(f"option of loss {self.loss!r}:", name, known)
+            if not isinstance(v, (int, float)) or not 0 <= v < math.inf: raise LabError(f"option {name}={v!r} of loss {self.loss!r}: expected a number from 0 upwards")
         if not self.loss and (self.standardized or (self.weights, self.gate) != ("uniform", "constant")): raise LabError("method none has no teachers: leave out weights, gate and ls, or choose another method")
 
     @property
@@ -336,14 +337,14 @@ class Composition:
 # %% ../nbs/12_kd.ipynb #c054
 METHODS = {
     "none": Composition(loss=""),
-    "hinton": Composition(value=.9),
-    "ca_weighted": Composition(weights="ca", combine="add", names=("kl", "ce")),
+    "hinton": Composition(),
+    "ca_weighted": Composition(weights="ca", combine="add", value=1., names=("kl", "ce")),
     "dynamic": Composition(weights="ca", gate="confidence", alpha=.5),
     "confidence": Composition(weights="most_confident", gate="max_confidence"),
-    "dkd": Composition("dkd", combine="add", warmup=1 / 12), # 20 of 240 epochs
-    "nkd": Composition("nkd", combine="add"),
-    "dist": Composition("dist", combine="add"),
-    "mlkd": Composition("mlkd", value=.9),
+    "dkd": Composition("dkd", combine="add", value=1., warmup=1 / 12), # 20 of 240 epochs
+    "nkd": Composition("nkd", combine="add", value=1.),
+    "dist": Composition("dist", combine="add", value=1.),
+    "mlkd": Composition("mlkd"),
 }
 
 def composition(method: str | Composition, # a name of METHODS, with "+ls" and names of weights or of a gate: "dkd+ls+ca"
@@ -356,6 +357,7 @@ def composition(method: str | Composition, # a name of METHODS, with "+ls" and n
     if isinstance(method, Composition): return dataclasses.replace(method, **fields)
     base, *parts = str(method).split("+")
     if base not in METHODS: raise unknown("method", base, METHODS)
+    if base == "none" and parts: raise LabError("method none has no teachers: leave out weights, gate and ls, or choose another method")
     named = {}
     for part in parts:
         what = "standardized" if part == "ls" else "weights" if part in WEIGHTS else "gate" if part in GATES else ""
@@ -375,7 +377,7 @@ def _soft(m: Composition, student: Tensor, teacher_logits: Tensor, labels: Tenso
 def soft_weight(m: Composition) -> float:
     "The weight of the soft loss; standardised logits are published with 9 in all, whatever a constant gate takes off."
     if m.weight is not None: return m.weight
-    return (9. / (m.value if (m.gate, m.combine) == ("constant", "mix") else 1.)) if m.standardized else 1.
+    return (9. / (m.value if m.value and (m.gate, m.combine) == ("constant", "mix") else 1.)) if m.standardized else 1.
 
 def teacher_weights(m: Composition, student: Tensor, teacher_logits: Tensor, labels: Tensor, confidences: Tensor | None) -> tuple[Tensor, Callable]: # [K, B], and the loss that they weigh
     "What each teacher counts for each sample."
@@ -1019,7 +1021,7 @@ class DistillConfig(TrainConfig):
         super().__post_init__()
         m = self.composition()
         unused = {"gamma": m.gate != "confidence", "threshold": m.gate != "confidence", "reduction": m.weights in ("uniform", "most_confident") and m.gate in ("constant", "schedule"),
-                  "confidences": m.weights not in ("ca", "most_confident") and m.gate not in ("confidence", "max_confidence"), "feature_layers": not self.feature}
+                  "kd_alpha": (m.combine, m.gate, m.value) == ("mix", "constant", 1.), "confidences": m.weights not in ("ca", "most_confident") and m.gate not in ("confidence", "max_confidence"), "feature_layers": not self.feature}
         if not m.loss: unused |= dict.fromkeys(("teachers", "temperature", "kd_weight", "kd_alpha", "options", "feature", "cache"), True)
         for name, why in unused.items():
             if why and getattr(self, name) != self.default(name): raise LabError(f"{name}={getattr(self, name)!r} does nothing with method {self.method!r}" + (" and no feature term" if name == "feature_layers" and m.loss else "") + "; leave it out, or choose another method")
@@ -1038,14 +1040,16 @@ class DistillConfig(TrainConfig):
         "The method with the fields that are given."
         if self.method == "none": return METHODS["none"]
         given = {k: v for k, v in dict(weight=self.kd_weight, alpha=self.kd_alpha, gamma=self.gamma, threshold=self.threshold).items() if v >= 0} | (dict(T=self.temperature) if self.temperature else {})
-        own, more = inspect.signature(LOSSES[composition(self.method).loss][0]).parameters, {}
+        base, more = composition(self.method), {}
+        own = set(inspect.signature(LOSSES[base.loss][0]).parameters) - {"student", "teacher", "labels", "T", "masked"}
+        fields = {"warmup"} | ({"value"} if base.gate in ("constant", "schedule") else set()) | ({"end"} if base.gate == "schedule" else set())
         for word in split_words(self.options):
             name, _, text = word.partition("=")
             try: value = float(text)
             except ValueError: raise LabError(f"options={self.options!r}: expected words such as beta=2") from None
-            if name in own and name not in ("student", "teacher", "labels", "T"): more[name] = value
-            elif name in ("warmup", "value", "end"): given[name] = value
-            else: raise unknown("option", name, (*[n for n in own if n not in ("student", "teacher", "labels", "T")], "warmup", "value", "end"), f"in method {self.method!r}")
+            if name not in own | fields: raise unknown("option", name, own | fields, f"in method {self.method!r}")
+            if name in more or name in given and name in fields: raise LabError(f"options={self.options!r}: {name} is there twice; give it once")
+            (more if name in own else given)[name] = value
         return composition(self.method, reduction=self.reduction, **given, **({"options": more} if more else {}))
 
 # %% ../nbs/12_kd.ipynb #c137
