@@ -1179,7 +1179,7 @@ def feature_loss(self: Distill, inside: dict, taught: list, labels: Tensor) -> T
         for i, (name, t) in enumerate(zip(self.layers[0], features)):
             s, regressor = inside[name], self.regressors[f"{k}_{i}"] if f"{k}_{i}" in self.regressors else None
             if kind == "fitnet": terms.append(regressor(s, t))
-            elif kind == "attention": terms.append(attention_transfer(s, t) * math.prod(t.shape[2:]) / 64)  # a mean over positions; its weight is for maps of 8x8
+            elif kind == "attention": terms.append(attention_transfer(s, t) * math.prod(map(min, s.shape[2:], t.shape[2:])) / 64)  # a mean over the smaller map's positions; its weight is for maps of 8x8
             elif kind in ("drift", "drift_batch"):
                 pooled = regressor.regress(_pooled(s)) if regressor else _pooled(s)
                 terms.append(drift_term(pooled, _pooled(t), labels, "class" if kind == "drift" else "batch")[0])
