@@ -1029,6 +1029,7 @@ class DistillConfig(TrainConfig):
         if self.confidences == "folds" and (self.teachers or len(split_words(self.teacher_models)) < 2): raise LabError("confidences='folds' trains own teachers on different parts of the images; name two teacher_models or more, and no teachers")
         if self.confidences in ("calibrated", "crossfit", "folds") and not self.val_fraction: raise LabError(f"confidences={self.confidences!r} need validation images; use val_fraction above 0, or 'raw' or 'label_free'")
         term = self.term()[0]
+        if term and self.cache != "off": raise LabError(f"cache={self.cache!r} saves nothing beside a feature term, which needs its teachers live; use cache='off', or no feature")
         if term and self.compile: raise LabError("a feature term looks into the network with hooks; use compile=False, or no feature")
         if self.processes > 1 and (self.reduction == "batch" or m.loss in ("dist", "mlkd") or term not in ("", "attention")):
             raise LabError(f"method {self.method!r}{f' with feature {term}' if term else ''}, reduction={self.reduction!r}: it looks at whole batches or trains a regressor, and processes would each see a part; use processes=1")
@@ -1167,7 +1168,7 @@ def ask(self: Distill, batch: Batch) -> tuple[Tensor, list]: # [K, B, C], and fo
     for teacher, names in zip(self.teachers, self.layers[1]):
         with activations(teacher.net, names) as seen: live.append(teacher.logits(batch.x))
         taught.append([seen[name] for name in names])
-    return self.teachers(batch) if self.teachers.caches else torch.stack(live), taught
+    return torch.stack(live), taught
 
 def _pooled(f: Tensor) -> Tensor: return f.mean((2, 3)) if f.ndim == 4 else f
 

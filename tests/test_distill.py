@@ -25,8 +25,8 @@ def test_the_notebook_reads_as_a_report(lab):
     assert any("evaluate" in key for key in json.loads((run / "tracker.json").read_text())) and list(run.glob("wandb/offline-run-*"))
 
 def test_killed_and_resumed_is_the_same(lab):
-    "With logits from a cache that fills as it goes, and regressors that belong to no model."
-    settings = SMALL | dict(method="dynamic", confidences="crossfit", feature="fitnet", cache="lazy", epochs=12, save_every=1, eval_every=6)
+    "With cross-fitted confidences, and regressors that belong to no model."
+    settings = SMALL | dict(method="dynamic", confidences="crossfit", feature="fitnet", epochs=12, save_every=1, eval_every=6)
     whole = train(run_name="whole", **settings)
     assert whole.returncode == 0, whole.stderr
     process = train(run_name="killed", wait=False, **settings)
