@@ -137,7 +137,7 @@ def dist_loss(student: Tensor, teacher: Tensor, labels: Tensor, T: float = 1.,
     s, t = student / T, teacher / T
     rows = (_unit(s.softmax(-1), -1) - _unit(t.softmax(-1), -1)).square().sum(-1) / 2
     columns = (_column_directions(s) - _column_directions(t)).square().sum(-2).mean(-1, keepdim=True) / 2
-    return T * T * (beta * rows + gamma * columns)
+    return beta * rows + gamma * columns
 
 # %% ../nbs/12_kd.ipynb #c028
 def _less_sure_half(confidence: Tensor) -> Tensor: return confidence <= confidence.quantile(.5, dim=-1, keepdim=True)
