@@ -828,7 +828,7 @@ def disk_bytes(folder: Path) -> int:
 
 def cache_facts(teacher: Teacher, data: Dataset) -> dict:
     "All that decides what is in a cache."
-    return dict(teacher=teacher.net.sha256, architecture=teacher.architecture, dtype=str(teacher.net.dtype), size=teacher.net.size, data=data.sha256, image_size=data.image_size,
+    return dict(teacher=teacher.net.sha256, architecture=teacher.architecture, spec=plain(getattr(teacher.net.model, "spec", {})), dtype=str(teacher.net.dtype), size=teacher.net.size, data=data.sha256, image_size=data.image_size,
                 views=num_views(data.crop_padding, data.flip), classes=data.num_classes)
 
 def cache_folder(teacher: Teacher, data: Dataset, folder: str | Path = "") -> Path:
@@ -917,7 +917,7 @@ def __call__(self: ViewCache,
             ) -> Tensor:    # fp32 [B, C] on the teacher's device
     "Logits from the cache; what is missing is computed and kept."
     values, there = self.get(index, view)
-    if len(x) and (x.device.type == "cpu" or not there.all()): self._check_pixels(x, index, view, int(np.argmin(there)))
+    if len(x) and (x.device.type == "cpu" or not there.all()): self._check_pixels(x, index, view, torch.from_numpy(~there) if not there.all() else torch.arange(len(x)) < 1)
     if not there.all():
         missing = torch.from_numpy(~there)
         fresh = self.teacher.steady(x[missing.to(x.device)]).cpu().numpy()
@@ -932,12 +932,18 @@ def __call__(self: ViewCache,
 
 # %% ../nbs/12_kd.ipynb #c121
 @patch
-def _check_pixels(self: ViewCache, x: Tensor, index: Tensor, view: Tensor, i: int) -> None:
-    "One image of the batch against the data: numbers of test images, for one, mean other images."
-    at = int(index[i])
+def _check_pixels(self: ViewCache, x: Tensor, index: Tensor, view: Tensor, rows: Tensor) -> None:
+    "These rows (bool [B]) of the batch against the data, before they are kept: numbers of test images, for one, mean other images."
+    x, index, view = x[rows.to(x.device)].cpu(), index.cpu()[rows], view.cpu()[rows]
+    right = torch.zeros(len(x), dtype=torch.bool)
     for split in (self.data.train, self.data.val):
-        if len(row := (split.indices == at).nonzero()[:, 0]) and torch.equal(view_pixels(split.images[row], view[i:i + 1].cpu(), self.data.crop_padding)[0], x[i].cpu()): return
-    raise LabError(f"image {at} in view {int(view[i])} is not the one that the cache of {self.data.name} means; caches know training and validation images only, ask others with Teachers.logits")
+        place = torch.full((self.rows // self.views,), -1)
+        place[split.indices] = torch.arange(len(split))
+        mine = (place[index] >= 0).nonzero()[:, 0]
+        right[mine] = (view_pixels(split.images[place[index[mine]]], view[mine], self.data.crop_padding) == x[mine]).flatten(1).all(1)
+    if right.all(): return
+    i = int(right.int().argmin())
+    raise LabError(f"image {int(index[i])} in view {int(view[i])} is not the one that the cache of {self.data.name} means; caches know training and validation images only, ask others with Teachers.logits")
 
 @patch
 def fill(self: ViewCache,
