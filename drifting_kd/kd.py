@@ -25,11 +25,11 @@ __all__ = ['GATES', 'LOSSES', 'WEIGHTS', 'METHODS', 'FEATURE_WEIGHTS', 'CONFIDEN
            'dist_loss', 'mlkd_loss', 'standardize', 'ls', 'uniform_weights', 'ca_weights', 'entropy_weights',
            'most_confident_weights', 'aekd_weights', 'gate_bounds', 'gate', 'gate_saturated', 'Composition',
            'composition', 'soft_weight', 'teacher_weights', 'distill_terms', 'FitNet', 'attention_transfer',
-           'similarity_preserving', 'relational', 'class_groups', 'drift_term', 'Teacher', 'load_teacher', 'Teachers',
-           'halves', 'fold_splits', 'fit_temperature', 'log_odds', 'quantiles_by_class', 'transport', 'Calibration',
-           'plot_confidences', 'cache_bytes', 'disk_bytes', 'cache_facts', 'cache_folder', 'ViewCache', 'HostBatches',
-           'DistillConfig', 'train_teachers', 'train_baseline', 'Distill', 'ensemble', 'plot_gates', 'student_file',
-           'evaluate_student']
+           'similarity_preserving', 'relational', 'class_groups', 'drift_term', 'Teacher', 'source_file',
+           'load_teacher', 'Teachers', 'halves', 'fold_splits', 'fit_temperature', 'log_odds', 'quantiles_by_class',
+           'transport', 'Calibration', 'plot_confidences', 'cache_bytes', 'disk_bytes', 'cache_facts', 'cache_folder',
+           'ViewCache', 'HostBatches', 'DistillConfig', 'train_teachers', 'train_baseline', 'Distill', 'ensemble',
+           'plot_gates', 'student_file', 'evaluate_student']
 
 # %% ../nbs/12_kd.ipynb #c005
 def _wide(x: Tensor) -> Tensor: return x if x.dtype == torch.float64 else x.float()
@@ -604,6 +604,11 @@ def _from_checkpoint(file: Path, source: str, data: Dataset, device, dtype: torc
     return teacher
 
 # %% ../nbs/12_kd.ipynb #c088
+def source_file(source) -> Path | None: # None: it is none of these
+    "The checkpoint that a run, a folder, a file or an artifact of the tracker means; a run means the weights after its last step."
+    if Path(source).exists() or (runs_folder() / source).exists(): return checkpoint_file(source)
+    if re.fullmatch(r"(\S+/)?model-[^/:]+(:[^/:]+)?", str(source)): return resolve_artifact(str(source))
+
 def load_teacher(source,         # a run folder, run name, checkpoint file, artifact, published name (or name=file), or what `frozen` returns
                  data: Dataset,  # the student's
                  device="cpu",
@@ -611,8 +616,7 @@ def load_teacher(source,         # a run folder, run name, checkpoint file, arti
                 ) -> Teacher:
     "A teacher that fits the data, or the reason why it does not."
     if isinstance(source, Frozen): teacher = Teacher(source, source.name, sum(p.numel() for p in source.model.parameters()), notes=["its training images are not known"])
-    elif Path(source).exists() or (runs_folder() / source).exists(): teacher = _from_checkpoint(checkpoint_file(source), str(source), data, device, dtype)
-    elif re.fullmatch(r"(\S+/)?model-[^/:]+(:[^/:]+)?", str(source)): teacher = _from_checkpoint(resolve_artifact(str(source)), str(source), data, device, dtype)
+    elif file := source_file(source): teacher = _from_checkpoint(file, str(source), data, device, dtype)
     else:
         try: net = pretrained(str(source), num_classes=data.num_classes, device=device, dtype=dtype)
         except LabError as e: raise LabError(f"teacher {source!r} is no run in {runs_folder()}, no file and no artifact, and as a published network: {str(e)[:200]}") from None
@@ -1279,9 +1283,8 @@ def plot_gates(seen: dict,        # epoch -> (gate [N], weights [K, N]), as Dist
 
 # %% ../nbs/12_kd.ipynb #c159
 def student_file(source) -> Path:
-    "The checkpoint that a run, a folder, a file or an artifact means; a run means the weights after its last step."
-    if Path(source).exists() or (runs_folder() / source).exists(): return checkpoint_file(source)
-    if str(source).startswith("model-"): return resolve_artifact(str(source))
+    "The checkpoint that a source means, or the reason why it means none."
+    if file := source_file(source): return file
     raise unknown("run", str(source), [r["name"] for r in list_runs()], f"in {runs_folder()}")
 
 def evaluate_student(source,               # run name, run folder, checkpoint file or artifact
