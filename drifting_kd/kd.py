@@ -1024,7 +1024,6 @@ class DistillConfig(TrainConfig):
     feature_layers: str = param("", "layers that it sees, in words; the teachers' after an equals sign, where they are called otherwise; empty is the last stage")
     cache: str = param("off", "teachers' logits on the disk: off, lazy or ahead", choices=("off", "lazy", "ahead"))
     baseline: bool = param(True, "train the same student without teachers, once, to compare with")
-
     NOT_COMPARED = (*TrainConfig.NOT_COMPARED, "baseline")
 
     def __post_init__(self):
