@@ -89,6 +89,7 @@ class Dataset:
     sha256: str              # of the arrays, before resizing and splitting
     source: str
     licence: str
+    named: bool = True       # whether `classes` are names that mean something elsewhere, or mere numbers
 
     @property
     def image_size(self) -> int: return self.train.images.shape[1]
@@ -254,6 +255,7 @@ class Raw(NamedTuple):
     source: str
     licence: str
     flip: bool | None = None  # None: colour yes, grey no
+    named: bool = True        # whether `classes` are names, or mere numbers
 
 def array_hash(*arrays: np.ndarray) -> str:
     "sha256 of types, shapes and bytes: the same for equal arrays, wherever they came from."
@@ -299,7 +301,7 @@ def make_dataset(name: str, raw: Raw, image_size: int = 0, val_fraction: float =
     test = Split(resize(torch.from_numpy(raw.x_test), size), torch.from_numpy(raw.y_test), torch.arange(len(raw.y_test)), **style)
     mean, std = CONSTANTS[name] if normalization == "constants" else pixel_stats(train.images)
     return Dataset(name, train, val, test, list(raw.classes), mean, std, size // 8, flip,
-                   array_hash(raw.x_train, raw.y_train, raw.x_test, raw.y_test), raw.source, raw.licence)
+                   array_hash(raw.x_train, raw.y_train, raw.x_test, raw.y_test), raw.source, raw.licence, raw.named)
 
 # %% ../nbs/02_data.ipynb #c031
 def _digits(root: Path, size: int) -> Raw:
@@ -532,7 +534,7 @@ def check_raw(path: Path, x_train, y_train, x_test, y_test, classes: list[str], 
         raise LabError(f"{path}: y_train holds classes {', '.join(map(str, found[:10]))}{', ...' if c > 10 else ''}; expected 0..C-1, at least two, each at least once")
     if not 0 <= y_test.min() <= y_test.max() < c: raise LabError(f"{path}: y_test has labels {y_test.min()}..{y_test.max()}; expected 0..{c - 1} as in y_train")
     if classes and len(classes) != c: raise LabError(f"{path}: {len(classes)} class names for {c} classes; expected as many")
-    return Raw(x_train, y_train, x_test, y_test, classes or [str(i) for i in range(c)], source, licence)
+    return Raw(x_train, y_train, x_test, y_test, classes or [str(i) for i in range(c)], source, licence, named=bool(classes))
 
 def load_array(path: Path) -> dict[str, np.ndarray] | np.ndarray:
     "A .npy or .npz file, read whole; nothing in it is executed."

@@ -25,11 +25,11 @@ __all__ = ['GATES', 'LOSSES', 'WEIGHTS', 'METHODS', 'FEATURE_WEIGHTS', 'CONFIDEN
            'dist_loss', 'mlkd_loss', 'standardize', 'ls', 'uniform_weights', 'ca_weights', 'entropy_weights',
            'most_confident_weights', 'aekd_weights', 'gate_bounds', 'gate', 'gate_saturated', 'Composition',
            'composition', 'soft_weight', 'teacher_weights', 'distill_terms', 'FitNet', 'attention_transfer',
-           'similarity_preserving', 'relational', 'class_groups', 'drift_term', 'Teacher', 'load_teacher', 'Teachers',
-           'halves', 'fold_splits', 'fit_temperature', 'log_odds', 'quantiles_by_class', 'transport', 'Calibration',
-           'plot_confidences', 'cache_bytes', 'disk_bytes', 'cache_facts', 'cache_folder', 'ViewCache', 'HostBatches',
-           'DistillConfig', 'train_teachers', 'train_baseline', 'Distill', 'ensemble', 'plot_gates', 'student_file',
-           'evaluate_student']
+           'similarity_preserving', 'relational', 'class_groups', 'drift_term', 'Teacher', 'source_file',
+           'load_teacher', 'Teachers', 'halves', 'fold_splits', 'fit_temperature', 'log_odds', 'quantiles_by_class',
+           'transport', 'Calibration', 'plot_confidences', 'cache_bytes', 'disk_bytes', 'cache_facts', 'cache_folder',
+           'ViewCache', 'HostBatches', 'DistillConfig', 'train_teachers', 'train_baseline', 'Distill', 'ensemble',
+           'plot_gates', 'student_file', 'evaluate_student']
 
 # %% ../nbs/12_kd.ipynb #c005
 def _wide(x: Tensor) -> Tensor: return x if x.dtype == torch.float64 else x.float()
@@ -137,7 +137,7 @@ def dist_loss(student: Tensor, teacher: Tensor, labels: Tensor, T: float = 1.,
     s, t = student / T, teacher / T
     rows = (_unit(s.softmax(-1), -1) - _unit(t.softmax(-1), -1)).square().sum(-1) / 2
     columns = (_column_directions(s) - _column_directions(t)).square().sum(-2).mean(-1, keepdim=True) / 2
-    return T * T * (beta * rows + gamma * columns)
+    return beta * rows + gamma * columns
 
 # %% ../nbs/12_kd.ipynb #c028
 def _less_sure_half(confidence: Tensor) -> Tensor: return confidence <= confidence.quantile(.5, dim=-1, keepdim=True)
@@ -302,7 +302,7 @@ class Composition:
     T: float = 0.               # 0 is the loss's own
     weight: float | None = None # of the soft loss; None is 1, and 9 for standardised logits
     alpha: float = 1.           # of the label's cross-entropy
-    value: float = 1.           # of a constant gate; of a schedule at the start
+    value: float = .9           # of a constant gate; of a schedule at the start
     end: float = 0.             # of a schedule at the end of training
     gamma: float = 10.          # steepness of a confidence gate
     threshold: float = .5       # where a confidence gate is one half
@@ -320,8 +320,9 @@ class Composition:
             if v is None and what == "weight": continue
             if not isinstance(v, (int, float)) or isinstance(v, bool) or not 0 <= v <= top or v == math.inf: raise LabError(f"{what}={v!r}: expected a number from 0{f' to {top}' if top == 1 else ' upwards'}")
         known = set(inspect.signature(LOSSES[self.loss][0]).parameters) - {"student", "teacher", "labels", "T"} if self.loss else set()
-        for name in self.options:
+        for name, v in self.options.items():
             if name not in known: raise unknown(f"option of loss {self.loss!r}:", name, known)
+            if not isinstance(v, (int, float)) or not 0 <= v < math.inf: raise LabError(f"option {name}={v!r} of loss {self.loss!r}: expected a number from 0 upwards")
         if not self.loss and (self.standardized or (self.weights, self.gate) != ("uniform", "constant")): raise LabError("method none has no teachers: leave out weights, gate and ls, or choose another method")
 
     @property
@@ -336,14 +337,14 @@ class Composition:
 # %% ../nbs/12_kd.ipynb #c054
 METHODS = {
     "none": Composition(loss=""),
-    "hinton": Composition(value=.9),
-    "ca_weighted": Composition(weights="ca", combine="add", names=("kl", "ce")),
+    "hinton": Composition(),
+    "ca_weighted": Composition(weights="ca", combine="add", value=1., names=("kl", "ce")),
     "dynamic": Composition(weights="ca", gate="confidence", alpha=.5),
     "confidence": Composition(weights="most_confident", gate="max_confidence"),
-    "dkd": Composition("dkd", combine="add", warmup=1 / 12), # 20 of 240 epochs
-    "nkd": Composition("nkd", combine="add"),
-    "dist": Composition("dist", combine="add"),
-    "mlkd": Composition("mlkd", value=.9),
+    "dkd": Composition("dkd", combine="add", value=1., warmup=1 / 12), # 20 of 240 epochs
+    "nkd": Composition("nkd", combine="add", value=1.),
+    "dist": Composition("dist", combine="add", value=1.),
+    "mlkd": Composition("mlkd"),
 }
 
 def composition(method: str | Composition, # a name of METHODS, with "+ls" and names of weights or of a gate: "dkd+ls+ca"
@@ -356,6 +357,7 @@ def composition(method: str | Composition, # a name of METHODS, with "+ls" and n
     if isinstance(method, Composition): return dataclasses.replace(method, **fields)
     base, *parts = str(method).split("+")
     if base not in METHODS: raise unknown("method", base, METHODS)
+    if base == "none" and parts: raise LabError("method none has no teachers: leave out weights, gate and ls, or choose another method")
     named = {}
     for part in parts:
         what = "standardized" if part == "ls" else "weights" if part in WEIGHTS else "gate" if part in GATES else ""
@@ -375,7 +377,7 @@ def _soft(m: Composition, student: Tensor, teacher_logits: Tensor, labels: Tenso
 def soft_weight(m: Composition) -> float:
     "The weight of the soft loss; standardised logits are published with 9 in all, whatever a constant gate takes off."
     if m.weight is not None: return m.weight
-    return (9. / (m.value if (m.gate, m.combine) == ("constant", "mix") else 1.)) if m.standardized else 1.
+    return (9. / (m.value if m.value and (m.gate, m.combine) == ("constant", "mix") else 1.)) if m.standardized else 1.
 
 def teacher_weights(m: Composition, student: Tensor, teacher_logits: Tensor, labels: Tensor, confidences: Tensor | None) -> tuple[Tensor, Callable]: # [K, B], and the loss that they weigh
     "What each teacher counts for each sample."
@@ -567,7 +569,7 @@ class Teacher:
     @torch.no_grad()
     def steady(self, x: Tensor) -> Tensor: # uint8 [B, channels, H, W] -> fp16 [B, C]
         "The same in chunks of one size: then an image's logits do not depend, to the bit, on which images are beside it."
-        n = 32 if self.net.device.type == "cpu" else 256
+        n = 32 if self.net.device.type == "cpu" else 64  # of a lazy cache's first run nearly every step has a miss or two
         padded = torch.cat([x, x[:1].expand(-len(x) % n, *x.shape[1:])])
         return torch.cat([self.logits(part) for part in padded.split(n)])[:len(x)].half()
 
@@ -588,12 +590,13 @@ def _from_checkpoint(file: Path, source: str, data: Dataset, device, dtype: torc
     name = file.parent.name if file.name == "final_model.pt" else f"{file.parent.parent.name}/{file.stem}" if file.parent.name == "checkpoints" else file.stem
     size = task.get("image_size") or data.image_size
     teacher = Teacher(Frozen(model, task["mean"], task["std"], name, device, dtype, size=0 if size == data.image_size else size), source, count_parameters(model))
-    names, unnamed = task.get("classes") or [], [str(i) for i in range(data.num_classes)]
-    if len(names) == data.num_classes and names != data.classes:
-        if unnamed not in (names, data.classes):
+    names = task.get("classes") or []
+    if len(names) == data.num_classes and task.get("data_sha256") != data.sha256:
+        named = names != [str(i) for i in range(len(names))] or c.get("dataset") in ("digits", "mnist")  # where else a number is no name
+        if not (named and data.named): teacher.notes.append("class names are not known on both sides")
+        elif names != data.classes:
             other = next(i for i, (a, b) in enumerate(zip(names, data.classes)) if a != b)
             raise LabError(f"teacher {source} has other classes than {data.name}: class {other} is {names[other]!r} there and {data.classes[other]!r} here; give a teacher of the same classes in the same order")
-        teacher.notes.append("class names are not known on both sides")
     if task.get("data_sha256") != data.sha256 and c.get("dataset") != data.name: teacher.notes.append(f"trained on {c.get('dataset') or 'other data'}; whether that holds images of {data.name} is not known")
     elif (seen := _split_of(file, checkpoint)) is None: teacher.notes.append("its training images are not known")
     else: teacher.seen, teacher.split = seen, f"val_fraction {c.get('val_fraction')}, split_seed {c.get('split_seed')}"
@@ -601,6 +604,11 @@ def _from_checkpoint(file: Path, source: str, data: Dataset, device, dtype: torc
     return teacher
 
 # %% ../nbs/12_kd.ipynb #c088
+def source_file(source) -> Path | None: # None: it is none of these
+    "The checkpoint that a run, a folder, a file or an artifact of the tracker means; a run means the weights after its last step."
+    if Path(source).exists() or (runs_folder() / source).exists(): return checkpoint_file(source)
+    if re.fullmatch(r"(\S+/)?model-[^/:]+(:[^/:]+)?", str(source)): return resolve_artifact(str(source))
+
 def load_teacher(source,         # a run folder, run name, checkpoint file, artifact, published name (or name=file), or what `frozen` returns
                  data: Dataset,  # the student's
                  device="cpu",
@@ -608,8 +616,7 @@ def load_teacher(source,         # a run folder, run name, checkpoint file, arti
                 ) -> Teacher:
     "A teacher that fits the data, or the reason why it does not."
     if isinstance(source, Frozen): teacher = Teacher(source, source.name, sum(p.numel() for p in source.model.parameters()), notes=["its training images are not known"])
-    elif Path(source).exists() or (runs_folder() / source).exists(): teacher = _from_checkpoint(checkpoint_file(source), str(source), data, device, dtype)
-    elif re.fullmatch(r"(\S+/)?model-[^/:]+(:[^/:]+)?", str(source)): teacher = _from_checkpoint(resolve_artifact(str(source)), str(source), data, device, dtype)
+    elif file := source_file(source): teacher = _from_checkpoint(file, str(source), data, device, dtype)
     else:
         try: net = pretrained(str(source), num_classes=data.num_classes, device=device, dtype=dtype)
         except LabError as e: raise LabError(f"teacher {source!r} is no run in {runs_folder()}, no file and no artifact, and as a published network: {str(e)[:200]}") from None
@@ -730,6 +737,10 @@ class Calibration:
         if not len(self.half): raise LabError("calibration needs validation images; use val_fraction above 0, or confidences 'raw' or 'label_free'")
         logits, labels, _ = self._logits(self.half, augment=False)
         self.accuracy = [float((z.argmax(1) == labels).double().mean()) for z in logits]
+        chance = 1 / self.data.num_classes
+        least = chance + 2 * (chance * (1 - chance) / len(labels))**.5  # two standard errors
+        for t, accuracy in zip(teachers, self.accuracy):
+            if accuracy <= min(least, .99): raise LabError(f"teacher {t.name} is right on {accuracy:.1%} of the {len(labels)} calibration images, no better than guessing among {self.data.num_classes} classes; give a teacher of the same classes in the same order")
         self.temperature = torch.tensor([fit_temperature(z, labels) for z in logits])
 
     def _logits(self, split: Split, augment: bool, epoch: int = 0) -> tuple[Tensor, Tensor, Tensor]:
@@ -821,7 +832,7 @@ def disk_bytes(folder: Path) -> int:
 
 def cache_facts(teacher: Teacher, data: Dataset) -> dict:
     "All that decides what is in a cache."
-    return dict(teacher=teacher.net.sha256, architecture=teacher.architecture, dtype=str(teacher.net.dtype), size=teacher.net.size, data=data.sha256, image_size=data.image_size,
+    return dict(teacher=teacher.net.sha256, architecture=teacher.architecture, spec=plain(getattr(teacher.net.model, "spec", {})), dtype=str(teacher.net.dtype), size=teacher.net.size, data=data.sha256, image_size=data.image_size,
                 views=num_views(data.crop_padding, data.flip), classes=data.num_classes)
 
 def cache_folder(teacher: Teacher, data: Dataset, folder: str | Path = "") -> Path:
@@ -910,7 +921,7 @@ def __call__(self: ViewCache,
             ) -> Tensor:    # fp32 [B, C] on the teacher's device
     "Logits from the cache; what is missing is computed and kept."
     values, there = self.get(index, view)
-    if len(x) and (x.device.type == "cpu" or not there.all()): self._check_pixels(x, index, view, int(np.argmin(there)))
+    if len(x) and (x.device.type == "cpu" or not there.all()): self._check_pixels(x, index, view, torch.from_numpy(~there) if not there.all() else torch.arange(len(x)) < 1)
     if not there.all():
         missing = torch.from_numpy(~there)
         fresh = self.teacher.steady(x[missing.to(x.device)]).cpu().numpy()
@@ -925,12 +936,18 @@ def __call__(self: ViewCache,
 
 # %% ../nbs/12_kd.ipynb #c121
 @patch
-def _check_pixels(self: ViewCache, x: Tensor, index: Tensor, view: Tensor, i: int) -> None:
-    "One image of the batch against the data: numbers of test images, for one, mean other images."
-    at = int(index[i])
+def _check_pixels(self: ViewCache, x: Tensor, index: Tensor, view: Tensor, rows: Tensor) -> None:
+    "These rows (bool [B]) of the batch against the data, before they are kept: numbers of test images, for one, mean other images."
+    x, index, view = x[rows.to(x.device)].cpu(), index.cpu()[rows], view.cpu()[rows]
+    right = torch.zeros(len(x), dtype=torch.bool)
     for split in (self.data.train, self.data.val):
-        if len(row := (split.indices == at).nonzero()[:, 0]) and torch.equal(view_pixels(split.images[row], view[i:i + 1].cpu(), self.data.crop_padding)[0], x[i].cpu()): return
-    raise LabError(f"image {at} in view {int(view[i])} is not the one that the cache of {self.data.name} means; caches know training and validation images only, ask others with Teachers.logits")
+        place = torch.full((self.rows // self.views,), -1)
+        place[split.indices] = torch.arange(len(split))
+        mine = (place[index] >= 0).nonzero()[:, 0]
+        right[mine] = (view_pixels(split.images[place[index[mine]]], view[mine], self.data.crop_padding) == x[mine]).flatten(1).all(1)
+    if right.all(): return
+    i = int(right.int().argmin())
+    raise LabError(f"image {int(index[i])} in view {int(view[i])} is not the one that the cache of {self.data.name} means; caches know training and validation images only, ask others with Teachers.logits")
 
 @patch
 def fill(self: ViewCache,
@@ -1007,14 +1024,13 @@ class DistillConfig(TrainConfig):
     feature_layers: str = param("", "layers that it sees, in words; the teachers' after an equals sign, where they are called otherwise; empty is the last stage")
     cache: str = param("off", "teachers' logits on the disk: off, lazy or ahead", choices=("off", "lazy", "ahead"))
     baseline: bool = param(True, "train the same student without teachers, once, to compare with")
-
     NOT_COMPARED = (*TrainConfig.NOT_COMPARED, "baseline")
 
     def __post_init__(self):
         super().__post_init__()
         m = self.composition()
         unused = {"gamma": m.gate != "confidence", "threshold": m.gate != "confidence", "reduction": m.weights in ("uniform", "most_confident") and m.gate in ("constant", "schedule"),
-                  "confidences": m.weights not in ("ca", "most_confident") and m.gate not in ("confidence", "max_confidence"), "feature_layers": not self.feature}
+                  "kd_alpha": (m.combine, m.gate, m.value) == ("mix", "constant", 1.), "confidences": m.weights not in ("ca", "most_confident") and m.gate not in ("confidence", "max_confidence"), "feature_layers": not self.feature}
         if not m.loss: unused |= dict.fromkeys(("teachers", "temperature", "kd_weight", "kd_alpha", "options", "feature", "cache"), True)
         for name, why in unused.items():
             if why and getattr(self, name) != self.default(name): raise LabError(f"{name}={getattr(self, name)!r} does nothing with method {self.method!r}" + (" and no feature term" if name == "feature_layers" and m.loss else "") + "; leave it out, or choose another method")
@@ -1022,6 +1038,7 @@ class DistillConfig(TrainConfig):
         if self.confidences == "folds" and (self.teachers or len(split_words(self.teacher_models)) < 2): raise LabError("confidences='folds' trains own teachers on different parts of the images; name two teacher_models or more, and no teachers")
         if self.confidences in ("calibrated", "crossfit", "folds") and not self.val_fraction: raise LabError(f"confidences={self.confidences!r} need validation images; use val_fraction above 0, or 'raw' or 'label_free'")
         term = self.term()[0]
+        if term and self.cache != "off": raise LabError(f"cache={self.cache!r} saves nothing beside a feature term, which needs its teachers live; use cache='off', or no feature")
         if term and self.compile: raise LabError("a feature term looks into the network with hooks; use compile=False, or no feature")
         if self.processes > 1 and (self.reduction == "batch" or m.loss in ("dist", "mlkd") or term not in ("", "attention")):
             raise LabError(f"method {self.method!r}{f' with feature {term}' if term else ''}, reduction={self.reduction!r}: it looks at whole batches or trains a regressor, and processes would each see a part; use processes=1")
@@ -1033,14 +1050,16 @@ class DistillConfig(TrainConfig):
         "The method with the fields that are given."
         if self.method == "none": return METHODS["none"]
         given = {k: v for k, v in dict(weight=self.kd_weight, alpha=self.kd_alpha, gamma=self.gamma, threshold=self.threshold).items() if v >= 0} | (dict(T=self.temperature) if self.temperature else {})
-        own, more = inspect.signature(LOSSES[composition(self.method).loss][0]).parameters, {}
+        base, more = composition(self.method), {}
+        own = set(inspect.signature(LOSSES[base.loss][0]).parameters) - {"student", "teacher", "labels", "T", "masked"}
+        fields = {"warmup"} | ({"value"} if base.gate in ("constant", "schedule") else set()) | ({"end"} if base.gate == "schedule" else set())
         for word in split_words(self.options):
             name, _, text = word.partition("=")
             try: value = float(text)
             except ValueError: raise LabError(f"options={self.options!r}: expected words such as beta=2") from None
-            if name in own and name not in ("student", "teacher", "labels", "T"): more[name] = value
-            elif name in ("warmup", "value", "end"): given[name] = value
-            else: raise unknown("option", name, (*[n for n in own if n not in ("student", "teacher", "labels", "T")], "warmup", "value", "end"), f"in method {self.method!r}")
+            if name not in own | fields: raise unknown("option", name, own | fields, f"in method {self.method!r}")
+            if name in more or name in given and name in fields: raise LabError(f"options={self.options!r}: {name} is there twice; give it once")
+            (more if name in own else given)[name] = value
         return composition(self.method, reduction=self.reduction, **given, **({"options": more} if more else {}))
 
 # %% ../nbs/12_kd.ipynb #c137
@@ -1158,7 +1177,7 @@ def ask(self: Distill, batch: Batch) -> tuple[Tensor, list]: # [K, B, C], and fo
     for teacher, names in zip(self.teachers, self.layers[1]):
         with activations(teacher.net, names) as seen: live.append(teacher.logits(batch.x))
         taught.append([seen[name] for name in names])
-    return self.teachers(batch) if self.teachers.caches else torch.stack(live), taught
+    return torch.stack(live), taught
 
 def _pooled(f: Tensor) -> Tensor: return f.mean((2, 3)) if f.ndim == 4 else f
 
@@ -1170,7 +1189,7 @@ def feature_loss(self: Distill, inside: dict, taught: list, labels: Tensor) -> T
         for i, (name, t) in enumerate(zip(self.layers[0], features)):
             s, regressor = inside[name], self.regressors[f"{k}_{i}"] if f"{k}_{i}" in self.regressors else None
             if kind == "fitnet": terms.append(regressor(s, t))
-            elif kind == "attention": terms.append(attention_transfer(s, t) * math.prod(t.shape[2:]) / 64)  # a mean over positions; its weight is for maps of 8x8
+            elif kind == "attention": terms.append(attention_transfer(s, t) * math.prod(map(min, s.shape[2:], t.shape[2:])) / 64)  # a mean over the smaller map's positions; its weight is for maps of 8x8
             elif kind in ("drift", "drift_batch"):
                 pooled = regressor.regress(_pooled(s)) if regressor else _pooled(s)
                 terms.append(drift_term(pooled, _pooled(t), labels, "class" if kind == "drift" else "batch")[0])
@@ -1263,9 +1282,8 @@ def plot_gates(seen: dict,        # epoch -> (gate [N], weights [K, N]), as Dist
 
 # %% ../nbs/12_kd.ipynb #c159
 def student_file(source) -> Path:
-    "The checkpoint that a run, a folder, a file or an artifact means; a run means the weights after its last step."
-    if Path(source).exists() or (runs_folder() / source).exists(): return checkpoint_file(source)
-    if str(source).startswith("model-"): return resolve_artifact(str(source))
+    "The checkpoint that a source means, or the reason why it means none."
+    if file := source_file(source): return file
     raise unknown("run", str(source), [r["name"] for r in list_runs()], f"in {runs_folder()}")
 
 def evaluate_student(source,               # run name, run folder, checkpoint file or artifact

@@ -2,12 +2,12 @@
 import json, signal, subprocess, sys, time
 from conftest import ROOT, losses, same_weights, train, weights
 
-SMALL = dict(family="distill", limit=200, val_fraction=.3, batch_size=40, model="judge", teacher_models="judge judge", teacher_epochs=2, crop_padding=1)
+SMALL = dict(family="distill", limit=200, val_fraction=.3, batch_size=40, model="judge", teacher_models="judge judge", teacher_epochs=6, crop_padding=1)
 
 def dkd(*words): return subprocess.run([sys.executable, "-m", "drifting_kd.cli", *map(str, words)], capture_output=True, text=True, timeout=300)
 
 def test_the_notebook_reads_as_a_report(lab):
-    settings = dict(run_name="small", limit=300, val_fraction=.3, epochs=3, eval_every=1, log_every=2, batch_size=40, model="judge", teacher_models="judge judge", teacher_epochs=3, cache="lazy", tracker="none", device="cpu", threads=1)
+    settings = dict(run_name="small", limit=300, val_fraction=.3, epochs=3, eval_every=1, log_every=2, batch_size=40, model="judge", teacher_models="judge judge", teacher_epochs=6, cache="lazy", tracker="none", device="cpu", threads=1)
     out = dkd("run", ROOT / "nbs/distill.ipynb", *(w for k, v in settings.items() for w in ("-p", k, v)))
     assert out.returncode == 0, out.stderr
     run = lab / "runs/small"
@@ -25,8 +25,8 @@ def test_the_notebook_reads_as_a_report(lab):
     assert any("evaluate" in key for key in json.loads((run / "tracker.json").read_text())) and list(run.glob("wandb/offline-run-*"))
 
 def test_killed_and_resumed_is_the_same(lab):
-    "With logits from a cache that fills as it goes, and regressors that belong to no model."
-    settings = SMALL | dict(method="dynamic", confidences="crossfit", feature="fitnet", cache="lazy", epochs=12, save_every=1, eval_every=6)
+    "With cross-fitted confidences, and regressors that belong to no model."
+    settings = SMALL | dict(method="dynamic", confidences="crossfit", feature="fitnet", epochs=12, save_every=1, eval_every=6)
     whole = train(run_name="whole", **settings)
     assert whole.returncode == 0, whole.stderr
     process = train(run_name="killed", wait=False, **settings)
