@@ -15,7 +15,7 @@ atexit.register(lambda: print(json.dumps(pretend.WAITS)))
 """
 SMALL = dict(device="auto", epochs=2, batch_size=25, limit=100, log_every=50)
 DRIFT = SMALL | dict(family="drift", epochs=1, steps=4, batch_size=40, limit=300, positives=16, unconditional=4, eval_every=2, warmup=1, eval_samples=60)
-DISTILL = SMALL | dict(family="distill", val_fraction=.3, model="judge", teacher_models="judge judge", teacher_epochs=1, crop_padding=1)
+DISTILL = SMALL | dict(family="distill", val_fraction=.3, model="judge", teacher_models="judge judge", teacher_epochs=6, crop_padding=1)
 
 def trained(settings: dict, code: str = "") -> dict:
     "Train there; what a step or a batch waited for."
@@ -43,7 +43,7 @@ def test_notebooks_run_where_the_data_are(lab):
     common, samples = dict(tracker="none"), dict(steps=20, warmup=2, batch_size=40, positives=16, unconditional=4, eval_every=10, eval_samples=60, num_samples=120)
     words = [("train", dict(common, epochs=1, run_name="a")), ("train", dict(common, epochs=1, seed=1, run_name="b")), ("solutions", dict(pattern="[ab]", images=200)),
              ("drift", dict(common, run_name="d", **samples)), ("evaluate", dict(checkpoint="d", num_samples=100)), ("evaluators", dict(device="auto", epochs=1, images=60)),
-             ("distill", dict(common, run_name="k", limit=200, val_fraction=.3, epochs=1, eval_every=1, batch_size=40, model="judge", teacher_models="judge judge", teacher_epochs=1, cache="lazy"))]
+             ("distill", dict(common, run_name="k", limit=200, val_fraction=.3, epochs=1, eval_every=1, batch_size=40, model="judge", teacher_models="judge judge", teacher_epochs=6, cache="lazy"))]
     command = [sys.executable, str(ROOT / "tests/pretend.py"), *(w for name, settings in words for w in (name, json.dumps(settings)))]
     out = subprocess.run(command, capture_output=True, text=True, timeout=600, env=os.environ | dict(MPLBACKEND="agg", OMP_NUM_THREADS="1"))
     assert out.returncode == 0, out.stdout[-3000:] + out.stderr[-3000:]
