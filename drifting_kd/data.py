@@ -16,9 +16,9 @@ from .core import LabError, atomic_write, import_torchvision, mix, need, project
 # %% auto #0
 __all__ = ['BLOCK', 'CONSTANTS', 'SHAPES', 'COLOURS', 'MD5', 'TIMEOUT', 'CIFAR10_CLASSES', 'CIFAR100_CLASSES', 'KNOWN', 'TINY',
            'SOURCES', 'ALIASES', 'hash32', 'permutation', 'upload', 'Split', 'Dataset', 'stratified', 'num_views',
-           'view_pixels', 'Batch', 'Batches', 'pixel_constants', 'normalize', 'Raw', 'array_hash', 'pixel_stats',
-           'resize', 'make_dataset', 'draw_shapes', 'check_raw', 'load_array', 'data_folder', 'load_dataset',
-           'splits_hash', 'save_splits']
+           'view_pixels', 'Batch', 'Batches', 'pixel_constants', 'normalize', 'strong_pixels', 'Raw', 'array_hash',
+           'pixel_stats', 'resize', 'make_dataset', 'draw_shapes', 'check_raw', 'load_array', 'data_folder',
+           'load_dataset', 'splits_hash', 'save_splits']
 
 # %% ../nbs/02_data.ipynb #c005
 def _scramble(x: Tensor) -> Tensor:
@@ -243,6 +243,30 @@ def normalize(x: Tensor,           # uint8 [B, C, H, W]
     by, m, s = pixel_constants(tuple(mean), tuple(std), w, x.device)
     row = x.permute(0, 2, 3, 1).reshape(b, h, w * c).to(torch.float32, copy=True)  # rows of pixels: channels alone are too short to be fast
     return row.div_(by).sub_(m).div_(s).to(dtype).view(b, h, w, c).permute(0, 3, 1, 2)
+
+# %% ../nbs/02_data.ipynb #c082
+_STRONG = 3 # stream of the hash
+
+def strong_pixels(x: Tensor,      # uint8 [B, C, H, W], the usual views
+                  index: Tensor,  # int64 [B], original index
+                  *numbers: int,  # the key: (seed, step)
+                 ) -> Tensor:     # uint8 [B, C, H, W], channels last in memory
+    "Views that are hard to recognise, a function of the usual ones, the key and each image's index."
+    B, _, H, W = x.shape
+    draws = torch.stack([hash32(index, *numbers, _STRONG, k) for k in range(11)]).double() / 2**32
+    u = upload(draws.float(), x.device)
+    turn, shear, slant, right, down, bright, contrast = 2 * u[:7] - 1  # in [-1, 1)
+    sin, cos = (turn * math.pi / 7).sin(), (turn * math.pi / 7).cos()
+    where = torch.stack((cos - .25 * slant * sin, .25 * shear * cos - sin, .25 * right, sin + .25 * slant * cos, cos + .25 * shear * sin, .25 * down), 1).view(B, 2, 3)
+    y = F.grid_sample(x.float(), F.affine_grid(where, list(x.shape), align_corners=False), align_corners=False)  # what comes from outside is black, as a crop's border
+    by_image = lambda v: v.view(B, 1, 1, 1)
+    middle = y.mean((1, 2, 3), keepdim=True)
+    y = (middle + (y - middle) * by_image(1 + .6 * contrast)) * by_image(1 + .4 * bright)
+    levels = by_image(2. ** (2 + torch.floor(5 * u[7])))  # 4 to 64 of them
+    y = torch.where(by_image(u[8] < .3), torch.floor(y * levels / 256) * 256 / levels, y)
+    rows, columns = torch.arange(H, device=x.device).view(1, 1, H, 1), torch.arange(W, device=x.device).view(1, 1, 1, W)
+    hole = ((rows - by_image(u[9] * H)).abs() < H / 8) & ((columns - by_image(u[10] * W)).abs() < W / 8)
+    return y.masked_fill(hole, 0).round().clamp(0, 255).to(torch.uint8).contiguous(memory_format=torch.channels_last)
 
 # %% ../nbs/02_data.ipynb #c027
 class Raw(NamedTuple):

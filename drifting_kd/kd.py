@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor, nn
 from .core import LabError, choose_device, list_runs, locked, once, plain, read_json, runs_folder, split_words, unknown, write_json
-from .data import Batch, Batches, Dataset, Split, hash32, load_dataset, num_views, stratified, upload, view_pixels
+from .data import Batch, Batches, Dataset, Split, hash32, load_dataset, num_views, stratified, strong_pixels, upload, view_pixels
 from .models import Frozen, checkpoint_file, checkpoint_model, count_parameters, load_checkpoint, model_name, pretrained
 from .plots import COLOURS, Figure, Picture, styled
 from .track import resolve_artifact, start_tracker
@@ -310,6 +310,7 @@ class Composition:
     standardized: bool = False  # z-scores of the logits
     reduction: str = "sample"   # batch: weights and gate averaged over the batch first
     options: dict = field(default_factory=dict) # of the loss: alpha and beta of dkd, ...
+    views: tuple = ("weak",)        # what the student sees of an image: weak, strong; their losses are added
     names: tuple = ("soft", "hard") # what the two losses are called among the metrics
 
     def __post_init__(self):
@@ -344,7 +345,7 @@ METHODS = {
     "dkd": Composition("dkd", combine="add", value=1., warmup=1 / 12), # 20 of 240 epochs
     "nkd": Composition("nkd", combine="add", value=1.),
     "dist": Composition("dist", combine="add", value=1.),
-    "mlkd": Composition("mlkd"),
+    "mlkd": Composition("mlkd", views=("weak", "strong")),
 }
 
 def composition(method: str | Composition, # a name of METHODS, with "+ls" and names of weights or of a gate: "dkd+ls+ca"
@@ -367,9 +368,9 @@ def composition(method: str | Composition, # a name of METHODS, with "+ls" and n
     return dataclasses.replace(METHODS[base], **named | fields)
 
 # %% ../nbs/12_kd.ipynb #c058
-def _soft(m: Composition, student: Tensor, teacher_logits: Tensor, labels: Tensor, confidences: Tensor | None) -> tuple[Tensor, dict]:
+def _soft(m: Composition, student: Tensor, teacher_logits: Tensor, labels: Tensor, confidences: Tensor | None, view: str) -> tuple[Tensor, dict]:
     "Each sample's loss from all teachers, [B]."
-    (w, loss), metrics = teacher_weights(m, student, teacher_logits, labels, confidences), {}
+    (w, loss), metrics = teacher_weights(m, student, teacher_logits, labels, confidences, view), {}
     if m.weights == "most_confident": metrics = {f"train/teacher_{i}_usage_fraction": share for i, share in enumerate(w.mean(1))}
     elif m.reduction == "batch": w = w.mean(1, keepdim=True)
     return (w * loss(student, teacher_logits, labels, T=m.temperature)).sum(0), metrics
@@ -379,9 +380,9 @@ def soft_weight(m: Composition) -> float:
     if m.weight is not None: return m.weight
     return (9. / (m.value if m.value and (m.gate, m.combine) == ("constant", "mix") else 1.)) if m.standardized else 1.
 
-def teacher_weights(m: Composition, student: Tensor, teacher_logits: Tensor, labels: Tensor, confidences: Tensor | None) -> tuple[Tensor, Callable]: # [K, B], and the loss that they weigh
+def teacher_weights(m: Composition, student: Tensor, teacher_logits: Tensor, labels: Tensor, confidences: Tensor | None, view: str = "weak") -> tuple[Tensor, Callable]: # [K, B], and the loss that they weigh
     "What each teacher counts for each sample."
-    loss = functools.partial(LOSSES[m.loss][0], **m.options)
+    loss = functools.partial(LOSSES[m.loss][0], **m.options, **({"masked": False} if m.loss == "mlkd" and view == "strong" else {}))
     if m.standardized: loss = ls(loss)
     extra = {"ca": dict(confidences=confidences), "most_confident": dict(confidences=confidences), "aekd": dict(student=student, loss=loss, T=m.temperature)}.get(m.weights, {})
     return WEIGHTS[m.weights](teacher_logits, labels, **extra), loss
@@ -402,6 +403,7 @@ def distill_terms(method: str | Composition,      # a name for `composition`, or
                   progress: float | None = None,  # the part of training that is done, 0 to 1; a schedule and a warm-up need it
                   confidences: Tensor | None = None, # [K, B], calibrated or cross-fitted p_k(y) instead of the softmax of the logits
                   label_smoothing: float = 0.,
+                  view: str = "weak",             # which these logits are of
                   **fields,                       # of Composition, such as reduction="batch"
                  ) -> tuple[Tensor, dict[str, Tensor]]:
     "The loss of a batch, a scalar, and the metrics of the method."
@@ -418,7 +420,7 @@ def distill_terms(method: str | Composition,      # a name for `composition`, or
     if progress is None and (m.warmup or m.gate == "schedule"): raise LabError(f"{'warmup=' + format(m.warmup, 'g') if m.warmup else 'a schedule'} needs progress, the part of training that is done")
     progress = progress or 0.
     teacher_logits, confidences = teacher_logits.detach(), confidences.detach() if isinstance(confidences, Tensor) else confidences
-    soft, metrics = _soft(m, student, teacher_logits, labels, confidences)
+    soft, metrics = _soft(m, student, teacher_logits, labels, confidences, view)
     g, shown = _gate(m, teacher_logits, labels, progress, confidences)
     scale = soft_weight(m) * (min(progress / m.warmup, 1.) if m.warmup else 1.)
     total = (g * scale * soft + (1 - g if m.combine == "mix" else 1.) * m.alpha * hard).mean()
@@ -1005,7 +1007,7 @@ from .train import Classify, TrainConfig, classification_metrics, classifier, fi
 @dataclass
 class DistillConfig(TrainConfig):
     "Everything a distilling run needs."
-    method: str = param("dynamic", "none, hinton, ca_weighted, dynamic, confidence, dkd, nkd, dist or mlkd (its weakly augmented half); with +ls, weights or a gate, as in dkd+ls+ca")
+    method: str = param("dynamic", "none, hinton, ca_weighted, dynamic, confidence, dkd, nkd, dist or mlkd (two views); with +ls, weights or a gate, as in dkd+ls+ca")
     epochs: int = param(30, "passes over the training images", low=1, high=100_000)
     val_fraction: float = param(0.2, "share of the training images kept: half to calibrate teachers, half for selection", low=0, high=0.9)
     eval_every: int = param(5, "epochs between evaluations; the end always is one", low=1)
@@ -1147,17 +1149,24 @@ class Distill(Classify):
         return HostBatches(self.data.train, self.cfg.batch_size, self.cfg.seed, epoch, rank=self.rank, world=self.world, device=self.device)
 
     def loss(self, batch: Batch, step: int):
-        cfg, x = self.cfg, normalize(batch.x, self.data.mean, self.data.std)
+        cfg, views = self.cfg, self.method.views
+        pixels = [batch.x if view == "weak" else strong_pixels(batch.x, batch.index, cfg.seed, step) for view in views]
+        x = normalize(batch.x if len(views) == 1 else torch.cat(pixels), self.data.mean, self.data.std)  # one pass, with the BatchNorm statistics of all views
         if cfg.noise: x = x + torch.rand(len(x), 1, 1, 1, device=x.device) * torch.randn_like(x) * self.noise
         with activations(self.model, self.layers[0]) if self.feature else contextlib.nullcontext() as inside: logits = self.net(x)
-        teacher_logits, taught = self.ask(batch) if self.teachers else (None, [])
-        confidences = self.teachers.confidences(teacher_logits, batch, self.kind) if self.kind != "raw" else None
-        loss, metrics = distill_terms(self.method, logits, teacher_logits, batch.y, min(step / self.total, 1.), confidences, cfg.label_smoothing)
+        taught, terms, own = [], [], logits.chunk(len(views))
+        for view, seen, student in zip(views, pixels, own):
+            teacher_logits = None
+            if self.teachers and view == "weak": teacher_logits, taught = self.ask(batch)
+            elif self.teachers: teacher_logits = self.teachers.logits(seen)
+            confidences = self.teachers.confidences(teacher_logits, batch, self.kind) if self.kind != "raw" else None
+            terms.append(distill_terms(self.method, student, teacher_logits, batch.y, min(step / self.total, 1.), confidences, cfg.label_smoothing, view))
+        loss, metrics = sum(part for part, _ in terms), terms[0][1] | {k: sum(m[k] for _, m in terms) for k in terms[0][1] if k.startswith("train/loss_")}
         if self.feature:
-            term = self.feature_loss(inside, taught, batch.y)
+            term = self.feature_loss({name: f[:len(batch.y)] for name, f in inside.items()}, taught, batch.y)
             loss = loss + self.feature_weight * term
             metrics |= {"train/loss_feature": term.detach(), "train/loss_total": loss.detach()}
-        return loss, metrics | self.answered(logits, batch.y)
+        return loss, metrics | self.answered(own[0], batch.y)
 
     def parameters(self) -> list[nn.Parameter]: return [*super().parameters(), *self.regressors.parameters()]
     def state(self) -> dict: return super().state() | dict(regressors=self.regressors.state_dict(), teachers=self.hashes())
