@@ -609,12 +609,12 @@ def baseline_dots(row: dict) -> Figure:
 
 @styled
 def guidance_curves(rows: list[dict]) -> Figure: # of one checkpoint at several strengths
-    "Distance, agreement and variety against guidance strength."
+    "The four measures against guidance strength."
     rows = sorted(rows, key=lambda r: _float(r, "alpha"))
     metric, alpha = distance_of(rows[0])[0], [_float(r, "alpha") for r in rows]
-    panels = {f"{metric}, to test images": "to_test", "class agreement": "prompt_accuracy", "variance within classes\n(of training images')": "variance_ratio"}
+    panels = {f"{metric}, to test images": "to_test", "class agreement": "prompt_accuracy", "variance within classes\n(of training images')": "variance_ratio", "nearest training image\n(of test images')": "nearest_ratio"}
     panels = {words: key for words, key in panels.items() if any(math.isfinite(_float(r, key)) for r in rows)}
-    fig = Picture(figsize=(9, 2.6), layout="constrained")
+    fig = Picture(figsize=(11, 2.6), layout="constrained")
     for i, (ax, (words, key)) in enumerate(zip(fig.subplots(1, len(panels), squeeze=False)[0], panels.items())):
         ax.plot(alpha, [_float(r, key) for r in rows], marker="o", color=COLOURS[i])
         ax.set(xlabel="guidance strength alpha", ylabel=words)

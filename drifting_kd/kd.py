@@ -594,7 +594,7 @@ def _from_checkpoint(file: Path, source: str, data: Dataset, device, dtype: torc
     teacher = Teacher(Frozen(model, task["mean"], task["std"], name, device, dtype, size=0 if size == data.image_size else size), source, count_parameters(model))
     names = task.get("classes") or []
     if len(names) == data.num_classes and task.get("data_sha256") != data.sha256:
-        named = names != [str(i) for i in range(len(names))] or c.get("dataset") in ("digits", "mnist")  # where else a number is no name
+        named = task.get("named", names != [str(i) for i in range(len(names))])  # a bare npz has numbers, which name nothing
         if not (named and data.named): teacher.notes.append("class names are not known on both sides")
         elif names != data.classes:
             other = next(i for i, (a, b) in enumerate(zip(names, data.classes)) if a != b)
@@ -1201,7 +1201,7 @@ def feature_loss(self: Distill, inside: dict, taught: list, labels: Tensor) -> T
             elif kind == "attention": terms.append(attention_transfer(s, t) * math.prod(map(min, s.shape[2:], t.shape[2:])) / 64)  # a mean over the smaller map's positions; its weight is for maps of 8x8
             elif kind in ("drift", "drift_batch"):
                 pooled = regressor.regress(_pooled(s)) if regressor else _pooled(s)
-                terms.append(drift_term(pooled, _pooled(t), labels, "class" if kind == "drift" else "batch")[0])
+                terms.append(drift_term(pooled, _pooled(t), labels, "class" if kind == "drift" else "batch", look=False)[0])  # the loop finds the step of what is not finite
             elif kind == "similarity": terms.append(similarity_preserving(s, t))
             else: terms.append(relational(_pooled(s), _pooled(t)))
     return torch.stack(terms).mean()

@@ -260,7 +260,7 @@ class Classify(Task):
         return {f"{split}/{k}": v for k, v in classification_metrics(*self.logits(model, split)).items()}
 
     def facts(self) -> dict:
-        return dict(mean=list(self.data.mean), std=list(self.data.std), classes=list(self.data.classes), image_size=self.data.image_size, data_sha256=self.data.sha256)
+        return dict(mean=list(self.data.mean), std=list(self.data.std), classes=list(self.data.classes), image_size=self.data.image_size, data_sha256=self.data.sha256, named=self.data.named)
 
 # %% ../nbs/07_train.ipynb #c028
 @patch
