@@ -239,7 +239,7 @@ def _add_judge(p) -> None:
     p.add_argument("--device", default="auto")
     p.add_argument("--data-root", default="", metavar="FOLDER", help="where data sets are (default: DKD_DATA, else data/)")
 
-# %% ../nbs/17_cli.ipynb #c019
+# %% ../nbs/17_cli.ipynb #c023
 class _Help(argparse.Action):
     "`dkd run train --help`: the parameters of that notebook, too."
     def __call__(self, parser, namespace, values, option_string=None):
@@ -247,6 +247,7 @@ class _Help(argparse.Action):
         if namespace.notebook: print(f"\nparameters of {namespace.notebook}:\n{parameters_cell(find_notebook(namespace.notebook))}")
         parser.exit()
 
+# %% ../nbs/17_cli.ipynb #c019
 def parser() -> argparse.ArgumentParser:
     whole = argparse.ArgumentParser(prog="dkd", description="Run experiment notebooks with checked parameters, and see what they made.")
     commands = whole.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -299,6 +300,7 @@ def parser() -> argparse.ArgumentParser:
     p.set_defaults(do=reference_command)
     return whole
 
+# %% ../nbs/17_cli.ipynb #c024
 def main(argv: list[str] | None = None) -> int:
     "The command `dkd`: 0 if it did what was asked, 1 with one line if not, 2 for wrong usage, 130 for Ctrl-C."
     try:

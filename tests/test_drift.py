@@ -53,7 +53,7 @@ def test_two_processes_share_the_groups(lab):
     assert json.loads((lab / "runs/two/metrics.json").read_text())["processes"] == 2
 
 @pytest.mark.parametrize("settings, words", [
-    (dict(temps=[0.1, 0.0]), "positive"), (dict(alpha=9.0), "outside what is trained"), (dict(groups=11), "has 10 classes"), (dict(positives=900), "use at most"),
+    (dict(temps=[0.1, 0.0]), "temperatures above 0"), (dict(alpha=9.0), "outside what is trained"), (dict(groups=11), "has 10 classes"), (dict(positives=900), "use at most"),
     (dict(model="resnet8"), "unknown model"), (dict(encoder="no-such"), "is no run"), (dict(judge="mnist"), "28 pixels")], ids=lambda x: "-".join(x) if isinstance(x, dict) else "")
 def test_what_cannot_work_is_refused_in_one_line(lab, settings, words):
     out = train(run_name="bad", **(SMALL | settings))
