@@ -199,6 +199,7 @@ def check_value(name: str, value, default, choices: tuple = (), low=None, high=N
     if kind is float and isinstance(value, int) and not isinstance(value, bool): value = float(value)
     if type(value) is not kind:
         hint = {bool: "True or False", str: "text (papermill: -r instead of -p keeps text as it is)", int: "a whole number", float: "a number"}[kind]
+        if kind is float and isinstance(value, str) and re.fullmatch(r"[-+]?\d+e[-+]?\d+", value): hint = f"a number; YAML reads {value} as text, write {value.replace('e', '.0e')}"
         raise LabError(f"{given}: expected {hint}")
     if kind is float and not math.isfinite(value): raise LabError(f"{given}: expected a finite number")
     if choices and value not in choices: raise unknown(f"value of {name}:", value, choices)

@@ -1148,26 +1148,6 @@ class Distill(Classify):
     def batches(self, epoch: int) -> HostBatches:
         return HostBatches(self.data.train, self.cfg.batch_size, self.cfg.seed, epoch, rank=self.rank, world=self.world, device=self.device)
 
-    def loss(self, batch: Batch, step: int):
-        cfg, views = self.cfg, self.method.views
-        pixels = [batch.x if view == "weak" else strong_pixels(batch.x, batch.index, cfg.seed, step) for view in views]
-        x = normalize(batch.x if len(views) == 1 else torch.cat(pixels), self.data.mean, self.data.std)  # one pass, with the BatchNorm statistics of all views
-        if cfg.noise: x = x + torch.rand(len(x), 1, 1, 1, device=x.device) * torch.randn_like(x) * self.noise
-        with activations(self.model, self.layers[0]) if self.feature else contextlib.nullcontext() as inside: logits = self.net(x)
-        taught, terms, own = [], [], logits.chunk(len(views))
-        for view, seen, student in zip(views, pixels, own):
-            teacher_logits = None
-            if self.teachers and view == "weak": teacher_logits, taught = self.ask(batch)
-            elif self.teachers: teacher_logits = self.teachers.logits(seen)
-            confidences = self.teachers.confidences(teacher_logits, batch, self.kind) if self.kind != "raw" else None
-            terms.append(distill_terms(self.method, student, teacher_logits, batch.y, min(step / self.total, 1.), confidences, cfg.label_smoothing, view))
-        loss, metrics = sum(part for part, _ in terms), terms[0][1] | {k: sum(m[k] for _, m in terms) for k in terms[0][1] if k.startswith("train/loss_")}
-        if self.feature:
-            term = self.feature_loss({name: f[:len(batch.y)] for name, f in inside.items()}, taught, batch.y)
-            loss = loss + self.feature_weight * term
-            metrics |= {"train/loss_feature": term.detach(), "train/loss_total": loss.detach()}
-        return loss, metrics | self.answered(own[0], batch.y)
-
     def parameters(self) -> list[nn.Parameter]: return [*super().parameters(), *self.regressors.parameters()]
     def state(self) -> dict: return super().state() | dict(regressors=self.regressors.state_dict(), teachers=self.hashes())
     def load_state(self, state: dict) -> None:
@@ -1176,6 +1156,28 @@ class Distill(Classify):
         self.regressors.load_state_dict(state["regressors"])
     def hashes(self) -> list[str]: return [t.net.sha256 for t in self.teachers] if self.teachers else []
     def part(self, split: str) -> Split: return self.selection if split == "val" else super().part(split)
+
+# %% ../nbs/12_kd.ipynb #c164
+@patch
+def loss(self: Distill, batch: Batch, step: int):
+    cfg, views = self.cfg, self.method.views
+    pixels = [batch.x if view == "weak" else strong_pixels(batch.x, batch.index, cfg.seed, step) for view in views]
+    x = normalize(batch.x if len(views) == 1 else torch.cat(pixels), self.data.mean, self.data.std)  # one pass, with the BatchNorm statistics of all views
+    if cfg.noise: x = x + torch.rand(len(x), 1, 1, 1, device=x.device) * torch.randn_like(x) * self.noise
+    with activations(self.model, self.layers[0]) if self.feature else contextlib.nullcontext() as inside: logits = self.net(x)
+    taught, terms, own = [], [], logits.chunk(len(views))
+    for view, seen, student in zip(views, pixels, own):
+        teacher_logits = None
+        if self.teachers and view == "weak": teacher_logits, taught = self.ask(batch)
+        elif self.teachers: teacher_logits = self.teachers.logits(seen)
+        confidences = self.teachers.confidences(teacher_logits, batch, self.kind) if self.kind != "raw" else None
+        terms.append(distill_terms(self.method, student, teacher_logits, batch.y, min(step / self.total, 1.), confidences, cfg.label_smoothing, view))
+    loss, metrics = sum(part for part, _ in terms), terms[0][1] | {k: sum(m[k] for _, m in terms) for k in terms[0][1] if k.startswith("train/loss_")}
+    if self.feature:
+        term = self.feature_loss({name: f[:len(batch.y)] for name, f in inside.items()}, taught, batch.y)
+        loss = loss + self.feature_weight * term
+        metrics |= {"train/loss_feature": term.detach(), "train/loss_total": loss.detach()}
+    return loss, metrics | self.answered(own[0], batch.y)
 
 # %% ../nbs/12_kd.ipynb #c144
 @patch
