@@ -1,6 +1,7 @@
 "Distilling as its users run it: the notebook, a kill, and what cannot work refused in one line."
 import json, signal, subprocess, sys, time
 from conftest import ROOT, losses, same_weights, train, weights
+from test_processes import differences, two_processes
 
 SMALL = dict(family="distill", limit=200, val_fraction=.3, batch_size=40, model="judge", teacher_models="judge judge", teacher_epochs=6, crop_padding=1)
 
@@ -70,3 +71,13 @@ for bad in (dict(method="hinten"), dict(teachers="shapes"), dict(teachers="teach
     except LabError as e: told.append(str(e))
 atexit.register(lambda: print(json.dumps(told)))
 """
+
+def test_two_processes_distil_as_one(lab):
+    "Weights, gates and cached logits of each process's half of a batch: the losses of one process, to summation order."
+    settings = SMALL | dict(method="dynamic", confidences="crossfit", cache="lazy", epochs=2, log_every=1, lr=0.02)
+    one, two = train(run_name="one", **settings), train("", two_processes(), run_name="two", **settings)
+    assert one.returncode == 0 and two.returncode == 0, one.stderr + two.stderr[-3000:]
+    gaps = differences(losses(lab / "runs/one"), losses(lab / "runs/two"))
+    assert len(gaps) >= 6 and max(gaps[:3]) < 1e-4 and max(gaps) < 1e-2, gaps
+    a, b = (json.loads((lab / f"runs/{name}/metrics.json").read_text()) for name in ("one", "two"))
+    assert (a["processes"], b["processes"]) == (1, 2) and abs(a["test/teacher_agreement"] - b["test/teacher_agreement"]) < .01
