@@ -205,7 +205,9 @@ def fid_command(args) -> int:
     from drifting_kd.evaluate import judge_for, own_alpha, run_checkpoint, stats_of
     from drifting_kd.fid import fid, kid
     from drifting_kd.models import load_checkpoint
+    from drifting_kd.train import use_threads
     judge = judge_for([args.real, args.fake], args.extractor, args.mode, args.device, args.data_root, args.dataset)
+    use_threads(0, judge.size or 224)
     settings = dict(alpha=args.alpha, seed=args.seed, data_root=args.data_root, dataset=args.dataset)
     real, fake = stats_of(args.real, judge, **settings), stats_of(args.fake, judge, args.n, **settings)
     for text in (args.real, args.fake):
