@@ -4,7 +4,7 @@
 
 # %% ../nbs/02_data.ipynb #c002
 from __future__ import annotations
-import functools, hashlib, io, math, os, pickle, re, socket
+import functools, hashlib, importlib.util, io, math, os, pickle, re, socket
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Iterator, NamedTuple
@@ -329,10 +329,13 @@ def make_dataset(name: str, raw: Raw, image_size: int = 0, val_fraction: float =
 
 # %% ../nbs/02_data.ipynb #c031
 def _digits(root: Path, size: int) -> Raw:
-    from sklearn.datasets import load_digits
-    found = load_digits()
-    x = (found.images * (255 / 16)).round().astype(np.uint8)[..., None]
-    y = found.target.astype(np.int64)
+    file = Path(importlib.util.find_spec("sklearn").origin).parent / "datasets" / "data" / "digits.csv.gz"
+    if file.exists(): found = np.loadtxt(file, delimiter=",")  # importing scikit-learn takes seconds
+    else:
+        from sklearn.datasets import load_digits
+        found = np.column_stack(load_digits(return_X_y=True))
+    x = (found[:, :-1].reshape(-1, 8, 8, 1) * (255 / 16)).round().astype(np.uint8)
+    y = found[:, -1].astype(np.int64)
     test = np.zeros(len(y), dtype=bool)
     test[stratified(torch.from_numpy(y), round(.2 * len(y)), 0, _TEST).numpy()] = True
     return Raw(x[~test], y[~test], x[test], y[test], [str(d) for d in range(10)], "scikit-learn digits (UCI optical recognition of handwritten digits)", "CC BY 4.0")

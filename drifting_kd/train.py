@@ -19,9 +19,10 @@ from .track import start_tracker, tracker_patience
 
 # %% auto #0
 __all__ = ['OPTIMIZERS', 'RECENT', 'FitConfig', 'TrainConfig', 'optimizer_class', 'optimizer_settings', 'make_optimizer',
-           'check_optimizer', 'lr_at', 'expected_calibration_error', 'classification_metrics', 'Task', 'Classify',
-           'EMA', 'undisturbed', 'GlobalBatchNorm', 'globalize_batchnorm', 'random_state', 'set_random_state',
-           'save_checkpoint', 'NotFinite', 'Loop', 'fit', 'open_run', 'use_threads', 'prepare', 'classifier']
+           'check_optimizer', 'lr_at', 'expected_calibration_error', 'area_under_roc', 'macro_f1',
+           'classification_metrics', 'Task', 'Classify', 'EMA', 'undisturbed', 'GlobalBatchNorm', 'globalize_batchnorm',
+           'random_state', 'set_random_state', 'save_checkpoint', 'NotFinite', 'Loop', 'fit', 'open_run', 'use_threads',
+           'prepare', 'classifier']
 
 # %% ../nbs/07_train.ipynb #c005
 @dataclass
@@ -158,20 +159,32 @@ def expected_calibration_error(probabilities: np.ndarray, labels: np.ndarray, bi
     gap = np.bincount(which, weights=correct - confidence, minlength=bins)
     return float(np.abs(gap).sum() / len(labels))
 
+def area_under_roc(scores: np.ndarray, positive: np.ndarray) -> float:
+    "The chance that one that is positive scores higher than one that is not, half where they tie."
+    _, which, count = np.unique(scores, return_inverse=True, return_counts=True)
+    rank, n = (np.cumsum(count) - (count - 1) / 2)[which], positive.sum()
+    return float((rank[positive].sum() - n * (n + 1) / 2) / (n * (len(positive) - n)))
+
+def macro_f1(predicted: np.ndarray, labels: np.ndarray) -> float:
+    "2 x right / (labelled + predicted), the mean over the classes of either."
+    c = max(predicted.max(), labels.max()) + 1
+    right, labelled, called = (np.bincount(x, minlength=c) for x in (labels[labels == predicted], labels, predicted))
+    either = labelled + called
+    return float(np.mean(2 * right[either > 0] / either[either > 0]))
+
 def classification_metrics(logits: np.ndarray, # [N, C]
                            labels: np.ndarray, # [N]
                           ) -> dict:
     "loss, accuracy, accuracy_percent, macro_f1, auroc (one against rest, mean over the classes present) and ece."
-    from sklearn.metrics import f1_score, roc_auc_score
     logits, labels = np.asarray(logits, np.float64), np.asarray(labels)
     with np.errstate(invalid="ignore"): logp = logits - logits.max(1, keepdims=True)  # infinite logits: the metrics say so
     logp -= np.log(np.exp(logp).sum(1, keepdims=True))
     p, predicted = np.exp(logp), logits.argmax(1)
     accuracy = float((predicted == labels).mean())
     present = [c for c in np.unique(labels) if (labels != c).any()]
-    auroc = float(np.mean([roc_auc_score(labels == c, p[:, c]) for c in present])) if present and np.isfinite(p).all() else float("nan")
+    auroc = float(np.mean([area_under_roc(p[:, c], labels == c) for c in present])) if present and np.isfinite(p).all() else float("nan")
     return dict(loss=float(-logp[np.arange(len(labels)), labels].mean()), accuracy=accuracy, accuracy_percent=100 * accuracy,
-                macro_f1=float(f1_score(labels, predicted, average="macro", zero_division=0)), auroc=auroc, ece=expected_calibration_error(p, labels))
+                macro_f1=macro_f1(predicted, labels), auroc=auroc, ece=expected_calibration_error(p, labels))
 
 # %% ../nbs/07_train.ipynb #c024
 class Task:

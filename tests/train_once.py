@@ -1,5 +1,5 @@
 "python tests/train_once.py '{\"epochs\": 3}' [code]: one training in a process of its own; exit code 1 and one line on an error. \"family\": \"drift\" trains a generator, \"distill\" a student."
-import json, sys
+import atexit, json, os, sys
 from drifting_kd.core import LabError
 from drifting_kd.train import Classify, TrainConfig, classifier, fit, open_run, prepare
 
@@ -18,6 +18,18 @@ def main() -> None:
     model = make(cfg, data)
     fit(Task(model, data, cfg), cfg, open_run(cfg))
 
-if __name__ == "__main__":
+def told() -> None:
     try: main()
     except LabError as e: sys.exit(f"{type(e).__name__}: {e}")
+
+def in_fork(words: list[str], env: dict, *pipes) -> None:
+    "The same in a fork of a process that has imported everything."
+    sys.argv[1:] = words
+    os.environ.clear(), os.environ.update(env)
+    for fd, pipe in enumerate(pipes, 1):
+        os.dup2(pipe.fileno(), fd)
+        pipe.close()
+    try: told()
+    finally: atexit._run_exitfuncs()
+
+if __name__ == "__main__": told()
