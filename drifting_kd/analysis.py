@@ -51,14 +51,15 @@ def solution(source: str | Path, # a run folder, a run's name or a checkpoint fi
 def checkpoint_at(run: Path,           # a run's folder
                   lines: list[dict],   # of core.read_metrics
                   accuracy: float,     # on validation images
-                 ) -> Path:
-    "The run's first kept checkpoint that had reached this validation accuracy."
+                  within: float = .05, # further away is refused
+                 ) -> tuple[Path, float]:
+    "The run's kept checkpoint whose validation accuracy is nearest, and that accuracy."
     measured = {line["step"]: line["val/accuracy"] for line in lines if line.get("val/accuracy") is not None}
     kept = {path: measured[step] for path in sorted((run / "checkpoints").glob("step_*.pt")) if (step := int(path.stem.removeprefix("step_"))) in measured}
-    reached = next((path for path, value in kept.items() if value >= accuracy), None)
-    if reached: return reached
-    raise LabError(f"run {run.name} kept no checkpoint with val/accuracy {accuracy:.4g} or more (" + (f"the best of {len(kept)} has {max(kept.values()):.4g}" if kept else "none was evaluated at its step") + "); "
-                   "take a lower one, or train with a larger keep_last and with eval_every and save_every alike")
+    nearest = min(kept, key=lambda path: abs(kept[path] - accuracy), default=None)
+    if nearest and abs(kept[nearest] - accuracy) <= within: return nearest, kept[nearest]
+    raise LabError(f"run {run.name} kept no checkpoint with val/accuracy within {within:g} of {accuracy:.4g} (" + (f"the nearest of {len(kept)} has {kept[nearest]:.4g}" if kept else "none was evaluated at its step") + "); "
+                   "take another accuracy, or train with a larger keep_last and with eval_every and save_every alike")
 
 # %% ../nbs/08_analysis.ipynb #c007
 @dataclasses.dataclass
@@ -678,12 +679,12 @@ class SolutionsConfig(Parameters):
     device: str = param("auto", "auto, cpu, cuda, cuda:1 or mps")
     threads: int = param(0, "CPU threads; 0 is one up to 16 pixels, else torch's own", low=0, high=1024)
     images: int = param(1000, "images for sharpness and BatchNorm (training), barriers, CKA and damage (test)", low=10)
-    at: float = param(0.0, "validation accuracy at which networks are taken: each run's first kept checkpoint that has reached it; 0 is the last weights", low=0, high=1)
+    at: float = param(0.0, "validation accuracy at which networks are taken: each run's kept checkpoint that is nearest to it; 0 is the last weights", low=0, high=1)
     iterations: int = param(30, "Hessian-vector products for the sharpness of a run, at most", low=1, high=1000)
     points: int = param(11, "places on the line between two networks, ends included", low=3, high=101)
     pairs: int = param(2, "pairs of runs whose line is walked, for every two groups (and each group with itself) and each kind", low=1, high=1000)
     surface: int = param(7, "places a side of the loss surface around each group's first network; 0 draws none", low=0, high=101)
-    seed: int = param(0, "seed of directions and permutation tests", low=0)
+    seed: int = param(0, "seed of directions and permutation tests", low=0, high=2**63 - 1)
     name: str = param("solutions", "file stem in figures")
 
     def __post_init__(self):

@@ -106,6 +106,7 @@ def execute(notebook: Path, typed: dict, output: Path) -> None:
     os.environ.setdefault("PYDEVD_DISABLE_FILE_VALIDATION", "1")
     import papermill
     from nbclient.exceptions import DeadKernelError
+    new = not output.exists()
     try:
         output.parent.mkdir(parents=True, exist_ok=True)
         output.open("a").close()  # a folder of that name, or one that is not ours to write to
@@ -123,6 +124,8 @@ def execute(notebook: Path, typed: dict, output: Path) -> None:
     except KeyboardInterrupt:
         logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # nbclient leaves a task behind, whose traceback would be the last thing on the screen
         raise
+    finally:
+        if new and not output.stat().st_size: output.unlink()  # nothing was run
 
 def run_command(args) -> int:
     notebook = find_notebook(args.notebook)

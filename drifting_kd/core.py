@@ -14,7 +14,7 @@ __all__ = ['SCHEMA', 'DETERMINISTIC', 'RESERVED', 'PACKAGES', 'LabError', 'unkno
            'working_folder', 'environ', 'plain', 'atomic_write', 'write_json', 'read_json', 'mix', 'generator',
            'seed_everything', 'choose_device', 'import_torchvision', 'need', 'param', 'check_value', 'Parameters',
            'Config', 'split_words', 'check_run_name', 'watch_parameters', 'git_state', 'environment', 'try_lock',
-           'locked', 'once', 'run_state', 'Run', 'read_metrics', 'list_runs']
+           'locked', 'launched', 'once', 'run_state', 'Run', 'read_metrics', 'list_runs']
 
 # %% ../nbs/00_core.ipynb #c005
 SCHEMA = 1  # version of every JSON file a run writes
@@ -199,7 +199,7 @@ def check_value(name: str, value, default, choices: tuple = (), low=None, high=N
     if kind is float and isinstance(value, int) and not isinstance(value, bool): value = float(value)
     if type(value) is not kind:
         hint = {bool: "True or False", str: "text (papermill: -r instead of -p keeps text as it is)", int: "a whole number", float: "a number"}[kind]
-        if kind is float and isinstance(value, str) and re.fullmatch(r"[-+]?\d+e[-+]?\d+", value): hint = f"a number; YAML reads {value} as text, write {value.replace('e', '.0e')}"
+        if kind is float and isinstance(value, str) and re.fullmatch(r"[-+]?\d+[eE][-+]?\d+", value): hint = f"a number; YAML reads {value} as text, write {value.lower().replace('e', '.0e')}"
         raise LabError(f"{given}: expected {hint}")
     if kind is float and not math.isfinite(value): raise LabError(f"{given}: expected a finite number")
     if choices and value not in choices: raise unknown(f"value of {name}:", value, choices)
@@ -249,7 +249,7 @@ def check_run_name(name: str, field: str = "run_name", why: str = "a run stays i
     "Refuse what is not the plain name of a file or folder."
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._+=-]{0,150}", name):
         raise LabError(f"{field}={name!r}: expected letters, digits and . _ + = - only (no folders: {why})")
-    if name in RESERVED: raise LabError(f"{field}={name!r} is a name that runs/ needs for something else ({', '.join(RESERVED)}); choose another")
+    if field == "run_name" and name.casefold() in RESERVED: raise LabError(f"{field}={name!r} is a name that runs/ needs for something else ({', '.join(RESERVED)}); choose another")
 
 # %% ../nbs/00_core.ipynb #c040
 _LITERALS = (bool, int, float, str, list, tuple, dict, type(None))
@@ -348,13 +348,19 @@ def locked(path: Path,           # a file for the lock; its folder is made
     try: yield
     finally: handle.close()
 
+def launched() -> int:
+    "How many processes a launcher (torchrun, accelerate) has started; 1 without one."
+    text = os.environ.get("WORLD_SIZE") or "1"
+    if not re.fullmatch("[1-9][0-9]*", text): raise LabError(f"WORLD_SIZE={text!r} in the environment: expected a number of processes; unset it")
+    return int(text)
+
 def once(name: str,            # of a run
          make,      # trains it; called without arguments
         ) -> str:
     "Make a run that others need, unless it is there; other processes that want it wait."
     with locked(runs_folder() / f".{name}.lock", math.inf):
         if not (runs_folder() / name / "metrics.json").exists():
-            if int(os.environ.get("WORLD_SIZE", "1")) > 1: raise LabError(f"run {name} is needed first and cannot be trained inside several processes; run this once with processes=1")
+            if launched() > 1: raise LabError(f"run {name} is needed first and cannot be trained inside several processes; run this once with processes=1")
             print(f"first, once: runs/{name}")
             make()
     return name

@@ -643,7 +643,8 @@ def _check_counts(self: Drift) -> None:
     counts = torch.bincount(train.labels) if self.model.num_classes else torch.tensor([len(train)])
     c, least = int(counts.argmin()), int(counts.min())
     if least < cfg.positives: raise LabError(f"positives={cfg.positives}, but class {self.data.classes[c] if self.model.num_classes else 'of all'} has {least} training images; use at most that")
-    self.kept = int(counts.clamp(max=cfg.queue or len(train)).sum())
+    self.size = min(cfg.queue or len(train), int(counts.max()))  # places for each class
+    self.kept = int(counts.clamp(max=self.size).sum())
     if cfg.guided and self.per_step * cfg.unconditional > self.kept: raise LabError(f"unconditional={cfg.unconditional} for {self.per_step} groups, but {self.kept} real images are kept; use at most {self.kept // self.per_step}")
 
 @patch
@@ -651,8 +652,8 @@ def _check_counts(self: Drift) -> None:
 def _check_room(self: Drift, encoder: Encoder) -> None:
     "Do the features of all images that are kept fit into memory?"
     image = sum(m.numel() for m in encoder(torch.zeros(1, self.data.channels, self.data.image_size, self.data.image_size)))
-    if (need := 4 * image * self.kept) > ROOM:
-        raise LabError(f"{self.kept:,} real images of {image:,} features each take {need / 1e9:.1f} GB, more than {ROOM / 1e9:g} GB: keep the newest of each class only (queue={'128' if not self.cfg.queue else 'less'}), or leave locations out (multi_scale=False)")
+    if (need := 4 * image * (places := self.classes * self.size)) > ROOM:
+        raise LabError(f"{places:,} real images of {image:,} features each take {need / 1e9:.1f} GB, more than {ROOM / 1e9:g} GB: keep the newest of each class only (queue={'128' if not self.cfg.queue else 'less'}), or leave locations out (multi_scale=False)")
 
 @patch
 def setup(self: Drift, device, rank: int = 0, world: int = 1) -> None:
@@ -664,7 +665,7 @@ def setup(self: Drift, device, rank: int = 0, world: int = 1) -> None:
     self.encoder = load_encoder(self.source, cfg.encoder_layers, cfg.encoder_size, cfg.multi_scale, device)
     labels = train.labels if self.model.num_classes else torch.zeros_like(train.labels)
     counts = torch.bincount(labels, minlength=self.classes)
-    self.reals = Reals(self.classes, min(cfg.queue, int(counts.max())) if cfg.queue else int(counts.max()))
+    self.reals = Reals(self.classes, self.size)
     order = torch.randperm(len(labels), generator=generator(cfg.seed, _FRESH, 0))
     if cfg.queue:  # the first of each class, in that order
         rank_in_class = torch.zeros_like(labels)

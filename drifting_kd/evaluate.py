@@ -4,17 +4,17 @@
 
 # %% ../nbs/14_evaluate.ipynb #c002
 from __future__ import annotations
-import functools, contextlib, csv, datetime, hashlib, io, itertools, math, os, re, shutil, sys, time, types, warnings
+import functools, contextlib, csv, datetime, hashlib, io, itertools, math, os, re, shutil, time, types, warnings
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Callable, Iterator
+from typing import Callable
 import numpy as np
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
-from .core import (LabError, Parameters, Run, try_lock, locked, atomic_write, choose_device, environment, environ, generator, import_torchvision, list_runs, need, param, plain, project_root, read_json, run_state, runs_folder,
+from .core import (LabError, Parameters, Run, try_lock, locked, atomic_write, choose_device, environment, generator, import_torchvision, launched, list_runs, need, param, plain, project_root, read_json, runs_folder,
                               seed_everything, split_words, unknown, write_json)
-from .data import Dataset, Split, load_dataset, splits_hash
+from .data import Dataset, load_dataset, splits_hash
 from .fid import (Extractor, MODES, Moments, Score, Stats, holds_stats, as_extractor, bicubic, class_gaussians, class_means, default_judge, exact_fp32, fd_infinity, feature_diversity, fid, kid, load_stats,
                              nearest, nearest_ratio, prdc, prompt_accuracy, random_pairs, reference_stats, slug, to_rgb, to_uint8, variance_ratio)
 from .generators import check_alpha, labels_like, sample_batches
@@ -44,7 +44,7 @@ class EvaluateConfig(Parameters):
     num_samples: int = param(50_000, "images a checkpoint", low=2, high=10**7)
     batch_size: int = param(256, "images a forward pass; the samples do not depend on it", low=1)
     alpha: float = param(1.5, "guidance strength; a generator without guidance has its own", low=0, high=1000)
-    seed: int = param(42, "seed of noise and labels", low=0)
+    seed: int = param(42, "seed of noise and labels", low=0, high=2**63 - 1)
     dataset: str = param("", "data set to compare with; empty is the one it was trained on")
     data_root: str = param("", "folder with the data; empty is the run's, else DKD_DATA, else data/")
     dataset_split: str = param("train", "train or test, the real images", choices=("train", "test"))
@@ -156,7 +156,7 @@ KEPT = 512  # first images that are kept as they are: for the preview, neighbour
 
 def _join(cpu: bool) -> tuple[int, int]:
     "Rank and number of processes, after they have met."
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1: return 0, 1
+    if launched() == 1: return 0, 1
     if not torch.distributed.is_initialized():
         from accelerate import PartialState
         PartialState(cpu=cpu)
@@ -864,7 +864,7 @@ def judge_for(sources: list[str], extractor: str = "", mode: str = "", device="a
     for text in sources if not extractor else ():
         if found := _dataset_split(text):
             if (extractor := default_judge(found[0])) == "inception": load_dataset(found[0], data_root)  # a misspelt name is not a matter of Inception's weights
-        elif path := run_checkpoint(text): extractor = own_judge(dict(dataset=dataset) | load_checkpoint(path)["config"])
+        elif path := run_checkpoint(text): extractor = own_judge((config := load_checkpoint(path)["config"]) | dict(dataset=config.get("dataset") or dataset))
         elif holds_stats(text): extractor, mode = (s := load_stats(text)).extractor, mode or s.mode
         if extractor: break
     return as_extractor(extractor or "inception", mode, device)

@@ -38,14 +38,17 @@ def _as_tensor(images) -> Tensor:
     if images.dtype.kind not in "fu" or images.dtype.kind == "u" and images.dtype != np.uint8: raise LabError(f"pixels of type {images.dtype}; expected uint8, or floats in [-1, 1] or [0, 1]")
     return torch.from_numpy(np.ascontiguousarray(images))
 
+def _with_channel(x: Tensor) -> Tensor:
+    if 3 in (x.shape[0], x.shape[-1]): raise LabError(f"images of shape {tuple(x.shape)}: a single colour image? add a batch axis; grey ones as [N, H, W, 1]")
+    return x[..., None]
+
 def to_uint8(images,          # tensor, array or list: [N, H, W, C], [N, C, H, W] or grey [N, H, W]
              scale: str = "", # of floats: signed is [-1, 1], unit is [0, 1], "" decides by whether any is negative
             ) -> Tensor:      # uint8 [N, H, W, C], C is 1 or 3
     "Images as the bytes that a PNG file would hold."
     if scale not in SCALES: raise unknown("scale", scale, SCALES)
     x = _as_tensor(images)
-    if x.ndim == 3 and 3 in (x.shape[0], x.shape[-1]): raise LabError(f"images of shape {tuple(x.shape)}: a single colour image? add a batch axis; grey ones as [N, H, W, 1]")
-    if x.ndim == 3: x = x[..., None]
+    if x.ndim == 3: x = _with_channel(x)
     if x.ndim != 4 or not {x.shape[-1], x.shape[1]} & {1, 3}: raise LabError(f"images of shape {tuple(x.shape)}; expected [N, H, W, C] or [N, C, H, W] with 1 or 3 channels")
     if x.shape[-1] not in (1, 3): x = x.permute(0, 2, 3, 1)
     if x.dtype == torch.uint8: return x
@@ -216,9 +219,11 @@ class Stats:
         _same_judge(self, other)
         return frechet_distance(self.mu, self.sigma, other.mu, other.sigma, self.half)
 
-    def part(self, n: int) -> Stats:
-        "Of the first n images; where labels are known, of n with the same shares of classes."
-        rows = torch.arange(n) if self.labels is None else self.labels.argsort(stable=True)[torch.linspace(0, self.n - 1, n, dtype=torch.float64).round().long()]
+    def part(self, n: int, seed: int = 0) -> Stats:
+        "Of n images: drawn at random, or where labels are known with the same shares of classes."
+        if not 2 <= n <= len(self.features): raise LabError(f"n={n}: expected 2 to the {len(self.features):,} images whose features are known")
+        if self.labels is None: rows = torch.randperm(self.n, generator=generator(seed, 79))[:n]
+        else: rows = self.labels.argsort(stable=True)[torch.linspace(0, self.n - 1, n, dtype=torch.float64).round().long()]
         return Stats.of(self.features[rows].to(self.mu.device), self)
 
     def save(self, path: str | Path, features: bool = False) -> None: # features: them too (`feats`), for KID and neighbours
@@ -690,6 +695,7 @@ def _open(source, scale: str) -> tuple[int, Callable]:
         else: raise LabError(f"{path}: expected a folder of images, a .zip of them, a .npz or a .npy")
         if files: return len(files.names), files
     whole = _as_tensor(source)
+    if whole.ndim == 3: whole = _with_channel(whole)  # now, since a last batch may have three
     if whole.is_floating_point() and not scale and len(whole): scale = "signed" if whole.min() < 0 else "unit"  # for all of it, not batch by batch
     return len(whole), lambda rows: to_uint8(whole[torch.as_tensor(rows, device=whole.device)], scale)
 
@@ -713,7 +719,7 @@ def images_of(source,               # tensor, array, Split, folder, .zip, .npz, 
             size = min(batch_size, n - start)
             with torch.no_grad(): made = _as_tensor(source(size, generator(seed, i)))
             if not (i or scale) and made.is_floating_point() and made.numel() and made.min() >= 0: warnings.warn("no pixel of the sampler's is negative, and they are read as [-1, 1]; for pixels in [0, 1] give scale='unit'")
-            x = to_uint8(made, scale or "signed")
+            x = to_uint8(made[..., None] if made.ndim == 3 else made, scale or "signed")
             if len(x) != size: raise LabError(f"the sampler gave {len(x)} images instead of {size}")
             yield x
         return
@@ -816,14 +822,14 @@ def _score(name: Callable, measure: Callable, key: tuple, real, fake, extractor,
         by_class = real.labels is not None and m >= len(real.labels.unique())
         if by_class and fake.labels is None: notes.append("the floor's parts have equal shares of classes; the images that are judged have no labels, and what their shares differ adds to the distance")
         low, spread = _floor(measure, key, real, m, seed, divisions, by_class)
-        if fake.n > m: notes.append(f"the floor is for {m:,} images, half of the real ones; at {fake.n:,} it would be lower")
+        if fake.n > m: notes.append(f"the floor is for {m:,} images, half of the real ones" + (f"; at {fake.n:,} it would be lower" if key[0] == "fd" else ""))
     elif not isinstance(floor, bool):
         known = isinstance(floor, Stats) or holds_stats(floor)
         other = see(floor, 0 if known else fake.n if callable(floor) else min(fake.n, _open(floor, "")[0]), keep)
-        if other.n > fake.n and other.features is not None: other = other.part(fake.n)
+        if other.n > fake.n and other.features is not None: other = other.part(fake.n, seed)
         low, m = measure(real, other)[0], other.n
-        if m != fake.n: notes.append(f"the floor is for {m:,} images, the distance for {fake.n:,}")
-    at = measure(real, fake.part(m))[0] if low is not None and m < fake.n and fake.features is not None else None
+        if m != fake.n: notes.append(f"the floor is for {f'{m:,}' if m else 'an unknown number of'} images, the distance for {fake.n:,}")
+    at = measure(real, fake.part(m, seed))[0] if key[0] == "fd" and low is not None and 1 < m < fake.n and fake.features is not None else None
     for who, stats in (("generated", fake), ("real", real)):
         if key[0] == "fd" and 0 < stats.n < 2 * judge.dims: notes.append(f"{stats.n:,} {who} images for {judge.dims:,} dimensions: fewer than twice as many, so the distance is mostly their number's doing")
     if not (real.extractor and real.sha256): notes.append("the reference does not say which judge made it; taken on trust")

@@ -12,7 +12,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 from .analysis import CORRUPTIONS, corrupt
-from .core import LabError, Run, atomic_write, environment, generator, param, plain, read_json, write_json
+from .core import LabError, Run, atomic_write, environment, generator, param, read_json, write_json
 from .data import Dataset, permutation
 from .fid import SHIPPED, Extractor, Stats, class_gaussians, class_means, prompt_accuracy, variance_ratio
 from .models import CHECKPOINT_KEYS, load_checkpoint

@@ -4,7 +4,7 @@
 
 # %% ../nbs/12_kd.ipynb #c002
 from __future__ import annotations
-import contextlib, dataclasses, functools, hashlib, inspect, json, math, os, re, shutil, time, warnings
+import contextlib, dataclasses, functools, hashlib, inspect, json, math, os, re, shutil, warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,15 +21,15 @@ from .plots import COLOURS, Figure, Picture, styled
 from .track import resolve_artifact, start_tracker
 
 # %% auto #0
-__all__ = ['GATES', 'LOSSES', 'WEIGHTS', 'METHODS', 'FEATURE_WEIGHTS', 'CONFIDENCES', 'PAGE', 'kd_loss', 'dkd_loss', 'nkd_loss',
-           'dist_loss', 'mlkd_loss', 'standardize', 'ls', 'uniform_weights', 'ca_weights', 'entropy_weights',
-           'most_confident_weights', 'aekd_weights', 'gate_bounds', 'gate', 'gate_saturated', 'Composition',
-           'composition', 'soft_weight', 'teacher_weights', 'distill_terms', 'FitNet', 'attention_transfer',
-           'similarity_preserving', 'relational', 'class_groups', 'drift_term', 'Teacher', 'source_file',
-           'load_teacher', 'Teachers', 'halves', 'fold_splits', 'fit_temperature', 'log_odds', 'quantiles_by_class',
-           'transport', 'Calibration', 'plot_confidences', 'cache_bytes', 'disk_bytes', 'cache_facts', 'cache_folder',
-           'ViewCache', 'HostBatches', 'DistillConfig', 'train_teachers', 'train_baseline', 'Distill', 'ensemble',
-           'plot_gates', 'student_file', 'evaluate_student']
+__all__ = ['GATES', 'LOSSES', 'WEIGHTS', 'VIEWS', 'METHODS', 'FEATURE_WEIGHTS', 'CONFIDENCES', 'PAGE', 'kd_loss', 'dkd_loss',
+           'nkd_loss', 'dist_loss', 'mlkd_loss', 'standardize', 'ls', 'uniform_weights', 'ca_weights',
+           'entropy_weights', 'most_confident_weights', 'aekd_weights', 'gate_bounds', 'gate', 'gate_saturated',
+           'Composition', 'composition', 'soft_weight', 'teacher_weights', 'distill_terms', 'FitNet',
+           'attention_transfer', 'similarity_preserving', 'relational', 'class_groups', 'drift_term', 'Teacher',
+           'source_file', 'load_teacher', 'Teachers', 'halves', 'fold_splits', 'fit_temperature', 'log_odds',
+           'quantiles_by_class', 'transport', 'Calibration', 'plot_confidences', 'cache_bytes', 'disk_bytes',
+           'cache_facts', 'cache_folder', 'ViewCache', 'HostBatches', 'DistillConfig', 'train_teachers',
+           'train_baseline', 'Distill', 'ensemble', 'plot_gates', 'student_file', 'evaluate_student']
 
 # %% ../nbs/12_kd.ipynb #c005
 def _wide(x: Tensor) -> Tensor: return x if x.dtype == torch.float64 else x.float()
@@ -292,6 +292,8 @@ LOSSES = {"kd": (kd_loss, 4., 2.), "dkd": (dkd_loss, 4., 2.), "nkd": (nkd_loss, 
           "mlkd": (mlkd_loss, (2., 3., 4., 5., 6.), (2., 3., 4., 5., 6.))}  # name -> function, its temperature, the one for standardised logits
 WEIGHTS = {"uniform": uniform_weights, "ca": ca_weights, "entropy": entropy_weights, "aekd": aekd_weights, "most_confident": most_confident_weights}
 
+VIEWS = ("weak", "strong")  # of an image, that a student learns from
+
 @dataclass(frozen=True)
 class Composition:
     "What a method is made of."
@@ -302,7 +304,7 @@ class Composition:
     T: float = 0.               # 0 is the loss's own
     weight: float | None = None # of the soft loss; None is 1, and 9 for standardised logits
     alpha: float = 1.           # of the label's cross-entropy
-    value: float = .9           # of a constant gate; of a schedule at the start
+    value: float | None = None  # of a constant gate; of a schedule at the start; None is .9, and 1 where the label counts fully
     end: float = 0.             # of a schedule at the end of training
     gamma: float = 10.          # steepness of a confidence gate
     threshold: float = .5       # where a confidence gate is one half
@@ -318,13 +320,19 @@ class Composition:
             if getattr(self, what) not in allowed: raise unknown(what, getattr(self, what), allowed)
         for what, top in (("T", math.inf), ("weight", math.inf), ("alpha", math.inf), ("value", 1), ("end", 1), ("gamma", math.inf), ("threshold", 1), ("warmup", 1)):
             v = getattr(self, what)
-            if v is None and what == "weight": continue
+            if v is None and what in ("weight", "value"): continue
             if not isinstance(v, (int, float)) or isinstance(v, bool) or not 0 <= v <= top or v == math.inf: raise LabError(f"{what}={v!r}: expected a number from 0{f' to {top}' if top == 1 else ' upwards'}")
-        known = set(inspect.signature(LOSSES[self.loss][0]).parameters) - {"student", "teacher", "labels", "T"} if self.loss else set()
+        if not self.views or not set(self.views) <= set(VIEWS) or len(set(self.views)) < len(self.views): raise LabError(f"views={self.views!r}: expected one or more of {', '.join(VIEWS)}, each once")
+        known = self.own_options() if self.loss else set()
         for name, v in self.options.items():
             if name not in known: raise unknown(f"option of loss {self.loss!r}:", name, known)
             if not isinstance(v, (int, float)) or not 0 <= v < math.inf: raise LabError(f"option {name}={v!r} of loss {self.loss!r}: expected a number from 0 upwards")
         if not self.loss and (self.standardized or (self.weights, self.gate) != ("uniform", "constant")): raise LabError("method none has no teachers: leave out weights, gate and ls, or choose another method")
+
+    def own_options(self) -> set[str]: return set(inspect.signature(LOSSES[self.loss][0]).parameters) - {"student", "teacher", "labels", "T", "masked"}  # the last goes by the view
+
+    @property
+    def opening(self) -> float: return self.value if self.value is not None else .9 if self.combine == "mix" else 1.
 
     @property
     def temperature(self) -> float | tuple: return self.T or (LOSSES[self.loss][2 if self.standardized else 1] if self.loss else 0.)
@@ -332,19 +340,19 @@ class Composition:
     def resolved(self) -> dict:
         "Every number that is used, the loss's own defaults too."
         if not self.loss: return dict(loss="")
-        own = {n: p.default for n, p in inspect.signature(LOSSES[self.loss][0]).parameters.items() if p.default is not p.empty and n != "T"}
-        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "names"} | dict(T=self.temperature, weight=soft_weight(self), options=own | self.options)
+        own = {n: p.default for n, p in inspect.signature(LOSSES[self.loss][0]).parameters.items() if n in self.own_options()}
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "names"} | dict(T=self.temperature, weight=soft_weight(self), value=self.opening, options=own | self.options)
 
 # %% ../nbs/12_kd.ipynb #c054
 METHODS = {
     "none": Composition(loss=""),
     "hinton": Composition(),
-    "ca_weighted": Composition(weights="ca", combine="add", value=1., names=("kl", "ce")),
+    "ca_weighted": Composition(weights="ca", combine="add", names=("kl", "ce")),
     "dynamic": Composition(weights="ca", gate="confidence", alpha=.5),
     "confidence": Composition(weights="most_confident", gate="max_confidence"),
-    "dkd": Composition("dkd", combine="add", value=1., warmup=1 / 12), # 20 of 240 epochs
-    "nkd": Composition("nkd", combine="add", value=1.),
-    "dist": Composition("dist", combine="add", value=1.),
+    "dkd": Composition("dkd", combine="add", warmup=1 / 12), # 20 of 240 epochs
+    "nkd": Composition("nkd", combine="add"),
+    "dist": Composition("dist", combine="add"),
     "mlkd": Composition("mlkd", views=("weak", "strong")),
 }
 
@@ -378,7 +386,7 @@ def _soft(m: Composition, student: Tensor, teacher_logits: Tensor, labels: Tenso
 def soft_weight(m: Composition) -> float:
     "The weight of the soft loss; standardised logits are published with 9 in all, whatever a constant gate takes off."
     if m.weight is not None: return m.weight
-    return (9. / (m.value if m.value and (m.gate, m.combine) == ("constant", "mix") else 1.)) if m.standardized else 1.
+    return (9. / (m.opening if m.opening and (m.gate, m.combine) == ("constant", "mix") else 1.)) if m.standardized else 1.
 
 def teacher_weights(m: Composition, student: Tensor, teacher_logits: Tensor, labels: Tensor, confidences: Tensor | None, view: str = "weak") -> tuple[Tensor, Callable]: # [K, B], and the loss that they weigh
     "What each teacher counts for each sample."
@@ -389,7 +397,7 @@ def teacher_weights(m: Composition, student: Tensor, teacher_logits: Tensor, lab
 
 def _gate(m: Composition, teacher_logits: Tensor, labels: Tensor, progress: float, confidences: Tensor | None) -> tuple[Tensor, dict]:
     "Each sample's gate, [B], and what is logged of it."
-    if m.gate in ("constant", "schedule"): return gate(m.gate, _wide(teacher_logits[..., 0]), progress, m.value, m.end), {}  # only the shape is used
+    if m.gate in ("constant", "schedule"): return gate(m.gate, _wide(teacher_logits[..., 0]), progress, m.opening, m.end), {}  # only the shape is used
     c = _log_confidences(_wide(teacher_logits), labels, confidences).exp()
     g = gate(m.gate, c, gamma=m.gamma, threshold=m.threshold)
     mean, saturated = g.mean(), {"train/gate_saturated": gate_saturated(g, *gate_bounds(m.gate, m.gamma, m.threshold))}
@@ -408,6 +416,7 @@ def distill_terms(method: str | Composition,      # a name for `composition`, or
                  ) -> tuple[Tensor, dict[str, Tensor]]:
     "The loss of a batch, a scalar, and the metrics of the method."
     m = composition(method, **fields)
+    if view not in VIEWS: raise unknown("view", view, VIEWS)
     _check_logits("the student's logits", student_logits)
     if student_logits.ndim != 2: raise LabError(f"student logits {list(student_logits.shape)}: expected [B, C]")
     _check_labels(labels, *student_logits.shape)
@@ -740,9 +749,9 @@ class Calibration:
         logits, labels, _ = self._logits(self.half, augment=False)
         self.accuracy = [float((z.argmax(1) == labels).double().mean()) for z in logits]
         chance = 1 / self.data.num_classes
-        least = chance + 2 * (chance * (1 - chance) / len(labels))**.5  # two standard errors
+        least = chance + (2 * (chance * (1 - chance) / len(labels))**.5 if len(labels) >= 30 else 0)  # two standard errors, where they are not most of the way to 1
         for t, accuracy in zip(teachers, self.accuracy):
-            if accuracy <= min(least, .99): raise LabError(f"teacher {t.name} is right on {accuracy:.1%} of the {len(labels)} calibration images, no better than guessing among {self.data.num_classes} classes; give a teacher of the same classes in the same order")
+            if accuracy <= least: raise LabError(f"teacher {t.name} is right on {accuracy:.1%} of the {len(labels)} calibration images, which cannot be told from guessing among {self.data.num_classes} classes; give a teacher of the same classes in the same order, or more validation images (val_fraction)")
         self.temperature = torch.tensor([fit_temperature(z, labels) for z in logits])
 
     def _logits(self, split: Split, augment: bool, epoch: int = 0) -> tuple[Tensor, Tensor, Tensor]:
@@ -857,6 +866,8 @@ class ViewCache:
         self.teacher, self.data, self.facts, self.path = teacher, data, cache_facts(teacher, data), cache_folder(teacher, data, folder)
         self.views, self.classes = self.facts["views"], data.num_classes
         self.rows = self.views * (1 + max(int(s.indices.max()) for s in (data.train, data.val) if len(s)))
+        self.places = [(s, torch.full((self.rows // self.views,), -1)) for s in (data.train, data.val)]  # where the image of an index is
+        for s, place in self.places: place[s.indices] = torch.arange(len(s))
         self.computed = self.damaged = 0  # rows, so far
         self.storing = True
         self._odd = hash32(torch.arange(self.classes), int(self.path.name[:15], 16)).numpy().astype(np.uint32) | np.uint32(1)
@@ -942,9 +953,7 @@ def _check_pixels(self: ViewCache, x: Tensor, index: Tensor, view: Tensor, rows:
     "These rows (bool [B]) of the batch against the data, before they are kept: numbers of test images, for one, mean other images."
     x, index, view = x[rows.to(x.device)].cpu(), index.cpu()[rows], view.cpu()[rows]
     right = torch.zeros(len(x), dtype=torch.bool)
-    for split in (self.data.train, self.data.val):
-        place = torch.full((self.rows // self.views,), -1)
-        place[split.indices] = torch.arange(len(split))
+    for split, place in self.places:
         mine = (place[index] >= 0).nonzero()[:, 0]
         right[mine] = (view_pixels(split.images[place[index[mine]]], view[mine], self.data.crop_padding) == x[mine]).flatten(1).all(1)
     if right.all(): return
@@ -999,7 +1008,7 @@ class HostBatches(Batches):
             yield batch._replace(index=index[part], view=view[part])
 
 # %% ../nbs/12_kd.ipynb #c134
-from .core import Run, param, plain
+from .core import Run, launched, param
 from .models import activations
 from .train import Classify, TrainConfig, classification_metrics, classifier, fit, normalize, prepare, undisturbed
 
@@ -1032,7 +1041,7 @@ class DistillConfig(TrainConfig):
         super().__post_init__()
         m = self.composition()
         unused = {"gamma": m.gate != "confidence", "threshold": m.gate != "confidence", "reduction": m.weights in ("uniform", "most_confident") and m.gate in ("constant", "schedule"),
-                  "kd_alpha": (m.combine, m.gate, m.value) == ("mix", "constant", 1.), "confidences": m.weights not in ("ca", "most_confident") and m.gate not in ("confidence", "max_confidence"), "feature_layers": not self.feature}
+                  "kd_alpha": (m.combine, m.gate, m.opening) == ("mix", "constant", 1.), "confidences": m.weights not in ("ca", "most_confident") and m.gate not in ("confidence", "max_confidence"), "feature_layers": not self.feature}
         if not m.loss: unused |= dict.fromkeys(("teachers", "temperature", "kd_weight", "kd_alpha", "options", "feature", "cache"), True)
         for name, why in unused.items():
             if why and getattr(self, name) != self.default(name): raise LabError(f"{name}={getattr(self, name)!r} does nothing with method {self.method!r}" + (" and no feature term" if name == "feature_layers" and m.loss else "") + "; leave it out, or choose another method")
@@ -1042,8 +1051,8 @@ class DistillConfig(TrainConfig):
         term = self.term()[0]
         if term and self.cache != "off": raise LabError(f"cache={self.cache!r} saves nothing beside a feature term, which needs its teachers live; use cache='off', or no feature")
         if term and self.compile: raise LabError("a feature term looks into the network with hooks; use compile=False, or no feature")
-        if self.processes > 1 and (self.reduction == "batch" or m.loss in ("dist", "mlkd") or term not in ("", "attention")):
-            raise LabError(f"method {self.method!r}{f' with feature {term}' if term else ''}, reduction={self.reduction!r}: it looks at whole batches or trains a regressor, and processes would each see a part; use processes=1")
+        if max(self.processes, launched()) > 1 and (self.reduction == "batch" or m.loss in ("dist", "mlkd") or term not in ("", "attention", "fitnet")):
+            raise LabError(f"method {self.method!r}{f' with feature {term}' if term else ''}, reduction={self.reduction!r}: it looks at whole batches, and processes would each see a part; use processes=1")
         if not self.teachers and not self.teacher_models and m.loss: raise LabError(f"method {self.method!r} needs teachers: name them, or the networks of own ones in teacher_models")
 
     def default(self, name: str): return next(f.default for f in dataclasses.fields(self) if f.name == name)
@@ -1053,7 +1062,7 @@ class DistillConfig(TrainConfig):
         if self.method == "none": return METHODS["none"]
         given = {k: v for k, v in dict(weight=self.kd_weight, alpha=self.kd_alpha, gamma=self.gamma, threshold=self.threshold).items() if v >= 0} | (dict(T=self.temperature) if self.temperature else {})
         base, more = composition(self.method), {}
-        own = set(inspect.signature(LOSSES[base.loss][0]).parameters) - {"student", "teacher", "labels", "T", "masked"}
+        own = base.own_options()
         fields = {"warmup"} | ({"value"} if base.gate in ("constant", "schedule") else set()) | ({"end"} if base.gate == "schedule" else set())
         for word in split_words(self.options):
             name, _, text = word.partition("=")
@@ -1135,14 +1144,13 @@ class Distill(Classify):
     def setup(self, device, rank: int = 0, world: int = 1) -> None:
         super().setup(device, rank, world)
         cfg = self.cfg
-        self.epoch_steps = math.ceil(cfg.batches(len(self.data.train)) / cfg.accumulation)
-        self.total = cfg.steps or cfg.epochs * self.epoch_steps
+        self.epoch_steps, self.total = cfg.length(cfg.batches(len(self.data.train)))
         if not self.teachers: return
         if torch.device(device).type != "cpu": self.teachers = self.load_teachers(device)
         if cfg.cache != "off": self.teachers.cache(epochs=math.ceil(self.total / self.epoch_steps) if cfg.cache == "lazy" else 0)
+        if len(self.data.val) and not self.teachers.calibration: self.teachers.calibrate(cfg.split_seed)  # refuses what guesses, before hours of filling
         if cfg.cache == "ahead":
             for cache in self.teachers.caches: cache.fill(rank=rank, world=world)
-        if len(self.data.val) and not self.teachers.calibration: self.teachers.calibrate(cfg.split_seed)
         if self.feature in ("fitnet", "drift", "drift_batch"): self.make_regressors()
 
     def batches(self, epoch: int) -> HostBatches:
@@ -1266,7 +1274,7 @@ def gates(self: Distill, epoch: int) -> tuple[Tensor, Tensor]: # [N], [K, N]
         c = self.teachers.confidences(z, batch, self.kind)
         with undisturbed(self.model): student = self.model(normalize(batch.x, self.data.mean, self.data.std)) if m.weights == "aekd" else None
         w = teacher_weights(m, student, z, batch.y, c if self.kind != "raw" else None)[0]
-        found.append((gate(m.gate, c, min(epoch * self.epoch_steps / self.total, 1.), m.value, m.end, m.gamma, m.threshold), w))
+        found.append((gate(m.gate, c, min(epoch * self.epoch_steps / self.total, 1.), m.opening, m.end, m.gamma, m.threshold), w))
     return tuple(torch.cat(parts, -1).cpu() for parts in zip(*found))
 
 @styled

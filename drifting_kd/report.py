@@ -4,7 +4,7 @@
 
 # %% ../nbs/09_report.ipynb #c002
 from __future__ import annotations
-import fnmatch, functools, itertools, json, math, re, zipfile
+import fnmatch, functools, itertools, json, math, zipfile
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np

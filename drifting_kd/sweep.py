@@ -191,7 +191,7 @@ def halton(i: int,    # from 1
     return x
 
 _STUDY, _PRIMES = ("notebook", "base", "candidates", "trials", "select", "mode", "tuning_seed", "seeds", "by"), (2, 3, 5)  # few points of a larger base lie on a line
-_EQUAL = {"epochs", "steps", "batch_size", "dataset", "limit", "val_fraction", "model"}  # a candidate with more of these is not compared but favoured
+_EQUAL = {"epochs", "steps", "batch_size", "accumulation", "dataset", "data_root", "image_size", "normalization", "limit", "val_fraction", "split_seed", "model"}  # a candidate with more of these is not compared but favoured
 _OWN = {"seed", "run_name", "resume"}
 
 def _check_candidate(name: str, candidate, base: dict) -> None:

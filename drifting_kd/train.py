@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import nn
-from .core import (Config, LabError, Run, atomic_write, choose_device, import_torchvision, mix, need, param, plain, read_json, seed_everything, unknown, write_json)
+from .core import (Config, LabError, Run, atomic_write, choose_device, import_torchvision, launched, mix, need, param, plain, read_json, seed_everything, unknown, write_json)
 from .data import Batches, Dataset, Split, load_array, load_dataset, normalize, save_splits, splits_hash
 from .models import create_model, layer_names, list_models, load_checkpoint, model_name, output_sizes, parameter_layers
 from .track import start_tracker, tracker_patience
@@ -33,7 +33,7 @@ class FitConfig(Config):
     image_size: int = param(0, "pixels a side; 0 is the data set's own", low=0, high=1024)
     limit: int = param(0, "number of training images, stratified; 0 is all", low=0)
     val_fraction: float = param(0.1, "share of the training images kept for selection", low=0, high=0.9)
-    split_seed: int = param(42, "seed of the split", low=0)
+    split_seed: int = param(42, "seed of the split", low=0, high=2**63 - 1)
     flip: str = param("auto", "auto (as the data set allows), on or off", choices=("auto", "on", "off"))
     crop_padding: int = param(-1, "pixels of random shift; -1 is the data set's own", low=-1, high=64)
     deterministic: str = param("on", "off, on, warn (name operators that are not) or raise (stop at them)", choices=("off", "on", "warn", "raise"))
@@ -772,15 +772,16 @@ def go(self: Loop) -> dict:
         self.task.net = self.model
 
 # %% ../nbs/07_train.ipynb #c057
-def _launched(cfg: FitConfig) -> int:
-    "How many processes a launcher has started; 1 without one."
-    world = int(os.environ.get("WORLD_SIZE") or 1)
-    if "WORLD_SIZE" in os.environ and cfg.processes not in (1, world): raise LabError(f"processes={cfg.processes}, but WORLD_SIZE={world} in the environment says how many were launched; unset WORLD_SIZE, or leave processes at 1")
+def _processes(cfg: FitConfig) -> int:
+    "How many processes train, each of them where a launcher has started them."
+    if not os.environ.get("WORLD_SIZE"): return cfg.processes
+    world = launched()
+    if cfg.processes not in (1, world): raise LabError(f"processes={cfg.processes}, but WORLD_SIZE={world} in the environment says how many were launched; unset WORLD_SIZE, or leave processes at 1")
     return world
 
 def _accelerator(cfg: FitConfig):
     "Accelerate, when this is one of several processes."
-    if _launched(cfg) == 1: return None
+    if launched() == 1: return None
     from accelerate import Accelerator
     accelerator = Accelerator(cpu=cfg.device == "cpu" or not torch.cuda.is_available())
     _divides(cfg, accelerator.num_processes)
@@ -804,7 +805,7 @@ def fit(task: Task,       # what to train
         print(f"run {run.name} is finished: nothing is trained, its results are shown again")
         run.close()
         return read_json(run.path / "metrics.json")
-    if cfg.processes > 1 and "WORLD_SIZE" not in os.environ: return _launch(task, cfg, run)
+    if _processes(cfg) > 1 and not os.environ.get("WORLD_SIZE"): return _launch(task, cfg, run)
     try: return Loop(task, cfg, run).go()
     finally: run.close()
 
@@ -865,7 +866,7 @@ def prepare(cfg: FitConfig) -> Dataset:
     _, total = cfg.length(cfg.batches(len(data.train)))
     if cfg.patience and not len(data.val.labels): raise LabError("patience needs validation images; use val_fraction above 0, or patience=0")
     if cfg.warmup >= total: raise LabError(f"warmup={cfg.warmup}: expected less than the {total} steps of this training")
-    _divides(cfg, max(cfg.processes, _launched(cfg)))
+    _divides(cfg, _processes(cfg))
     flip, padding = {"auto": data.flip, "on": True, "off": False}[cfg.flip], data.crop_padding if cfg.crop_padding < 0 else cfg.crop_padding
     if flip and data.name in ("digits", "mnist"): raise LabError(f"flip='on': a mirrored digit is another digit, so {data.name} is never flipped; use flip='auto'")
     if padding >= data.image_size: raise LabError(f"crop_padding={padding} with images of {data.image_size} pixels; expected less than {data.image_size}")

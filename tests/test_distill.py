@@ -1,5 +1,6 @@
 "Distilling as its users run it: the notebook, a kill, and what cannot work refused in one line."
 import json, signal, subprocess, sys, time
+import pytest
 from conftest import ROOT, losses, same_weights, train, weights
 from test_processes import differences, two_processes
 
@@ -25,9 +26,10 @@ def test_the_notebook_reads_as_a_report(lab):
     assert abs(float(told["val/accuracy"]) - summary["val/accuracy"]) < 1e-3 and {"val/loss", "val/accuracy_percent", "val/auroc", "val/ece", "val/teacher_agreement"} <= set(told)
     assert any("evaluate" in key for key in json.loads((run / "tracker.json").read_text())) and list(run.glob("wandb/offline-run-*"))
 
-def test_killed_and_resumed_is_the_same(lab):
-    "With cross-fitted confidences, and regressors that belong to no model."
-    settings = SMALL | dict(method="dynamic", confidences="crossfit", feature="fitnet", epochs=12, save_every=1, eval_every=6)
+@pytest.mark.parametrize("teachers", [dict(feature="fitnet"), pytest.param(dict(cache="lazy"), marks=pytest.mark.slow)], ids=["live", "cached"])
+def test_killed_and_resumed_is_the_same(lab, teachers):
+    "With cross-fitted confidences, and regressors that belong to no model, or logits that the killed run kept."
+    settings = SMALL | teachers | dict(method="dynamic", confidences="crossfit", epochs=12, save_every=1, eval_every=6)
     whole = train(run_name="whole", **settings)
     assert whole.returncode == 0, whole.stderr
     process = train(run_name="killed", wait=False, **settings)
@@ -72,9 +74,10 @@ for bad in (dict(method="hinten"), dict(teachers="shapes"), dict(teachers="teach
 atexit.register(lambda: print(json.dumps(told)))
 """
 
-def test_two_processes_distil_as_one(lab):
-    "Weights, gates and cached logits of each process's half of a batch: the losses of one process, to summation order."
-    settings = SMALL | dict(method="dynamic", confidences="crossfit", cache="lazy", epochs=2, log_every=1, lr=0.02)
+@pytest.mark.parametrize("teachers", [dict(cache="lazy"), pytest.param(dict(feature="fitnet"), marks=pytest.mark.slow)], ids=["cached", "regressors"])
+def test_two_processes_distil_as_one(lab, teachers):
+    "Weights, gates and cached logits (or regressors) of each process's half of a batch: the losses of one process, to summation order."
+    settings = SMALL | teachers | dict(method="dynamic", confidences="crossfit", epochs=2, log_every=1, lr=0.02)
     one, two = train(run_name="one", **settings), train("", two_processes(), run_name="two", **settings)
     assert one.returncode == 0 and two.returncode == 0, one.stderr + two.stderr[-3000:]
     gaps = differences(losses(lab / "runs/one"), losses(lab / "runs/two"))
