@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor, nn
 from .core import LabError, choose_device, list_runs, locked, once, plain, read_json, runs_folder, split_words, unknown, write_json
-from .data import Batch, Batches, Dataset, Split, hash32, load_dataset, num_views, stratified, strong_pixels, upload, view_pixels
+from .data import Batch, Batches, Dataset, Split, hash32, load_array, load_dataset, num_views, stratified, strong_pixels, upload, view_pixels
 from .models import Frozen, checkpoint_file, checkpoint_model, count_parameters, load_checkpoint, model_name, pretrained
 from .plots import COLOURS, Figure, Picture, styled
 from .track import resolve_artifact, start_tracker
@@ -589,8 +589,8 @@ def _split_of(file: Path, checkpoint: dict) -> Tensor | None:
     "Original indices of the images that made a checkpoint: as its run wrote them down, else from the configuration; None where neither works."
     splits, c = (file.parent.parent if file.parent.name == "checkpoints" else file.parent) / "splits.npz", checkpoint["config"] or {}
     if splits.exists():
-        with np.load(splits, allow_pickle=False) as saved:
-            if str(saved["sha256"]) == (checkpoint["task"] or {}).get("data_sha256"): return torch.from_numpy(saved["train"])
+        saved = load_array(splits)
+        if isinstance(saved, dict) and {"sha256", "train"} <= set(saved) and str(saved["sha256"]) == (checkpoint["task"] or {}).get("data_sha256"): return torch.from_numpy(saved["train"])
     try: return load_dataset(c["dataset"], c["data_root"], c["image_size"], c["val_fraction"], c["split_seed"], c["limit"]).train.indices
     except (LabError, KeyError): return None
 
@@ -955,7 +955,7 @@ def _check_pixels(self: ViewCache, x: Tensor, index: Tensor, view: Tensor, rows:
     right = torch.zeros(len(x), dtype=torch.bool)
     for split, place in self.places:
         mine = (place[index] >= 0).nonzero()[:, 0]
-        right[mine] = (view_pixels(split.images[place[index[mine]]], view[mine], self.data.crop_padding) == x[mine]).flatten(1).all(1)
+        if len(mine): right[mine] = (view_pixels(split.images[place[index[mine]]], view[mine], self.data.crop_padding) == x[mine]).flatten(1).all(1)
     if right.all(): return
     i = int(right.int().argmin())
     raise LabError(f"image {int(index[i])} in view {int(view[i])} is not the one that the cache of {self.data.name} means; caches know training and validation images only, ask others with Teachers.logits")

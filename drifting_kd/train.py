@@ -728,6 +728,7 @@ def record_splits(self: Loop) -> None:
     path, data = self.run.path / "splits.npz", self.task.data
     if self.run.resumed and path.exists():
         saved = load_array(path)
+        if not isinstance(saved, dict) or not {"hash", "sha256"} <= set(saved): raise LabError(f"{path} is not as a run writes it; restore it, or start a new run")
         there = str(saved["hash"]), str(saved["sha256"])
         if there != (splits_hash(data), data.sha256): raise LabError(f"run {self.run.name} was started on other images called {data.name}; restore them, or start a new run")
     else: save_splits(path, data)
