@@ -1,20 +1,22 @@
-"""Table and figure of the runs of a drifting study, from each run's evaluation at the end: distance, agreement, variety, nearest neighbours, cost.
+"""Table and figure of a drifting study: distance, agreement, variety, nearest neighbours and cost of its runs, from each run's evaluation at the end.
 
     dkd sweep nbs/configs/sweeps/drift_digits.yaml --workers 2
-    python benchmarks/drift_study.py 'drift_digits-*' [--out benchmarks/results/drift_digits.json] [--figure figures/drift_digits.png]
+    python benchmarks/drift_study.py 'drift_digits-*' --out benchmarks/results/drift_digits.json
+    python benchmarks/drift_study.py benchmarks/results/drift_digits_default.json benchmarks/results/drift_digits.json --figure figures/drift_digits.png
 
-Runs are grouped by name without `-s<seed>`. A row of another judge, sample number or set of real images is refused.
+Each source is a pattern of run names or a JSON that this script wrote. Runs are grouped by name without `-s<seed>`. Rows of another judge, sample number or set of real images are refused.
 """
-import argparse, json, re, sys
+import argparse, re, sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from drifting_kd.core import LabError, read_json, runs_folder, write_json
-from drifting_kd.evaluate import distance_of, read_rows
+from drifting_kd.evaluate import read_rows
 from drifting_kd.plots import interval_dots, overlapping, save_figure, t_interval
 
 MEASURES = ("to_test", "to_train", "prompt_accuracy", "variance_ratio", "variance_to_test", "nearest_ratio")  # variance within classes over that of training images, and over that of test images
 SAME = ("dataset", "num_samples", "extractor", "judge_sha256", "dataset_split", "reference_sha256")
+BESIDE = ("floor", "floor_std", "floor_n", "train_to_test", "baseline_class_gaussians", "baseline_class_means")
 
 def final_row(run: Path) -> dict:
     "The evaluation of the final weights at the configured strength, with the run's cost."
@@ -24,33 +26,45 @@ def final_row(run: Path) -> dict:
     told = read_json(run / "metrics.json")
     return rows[0] | {"seconds": told["train_cpu_seconds"], "variance_to_test": told["test/last_variance_ratio"], "hardware": read_json(run / "environment.json")}
 
-def main(pattern: str, out: str, figure: str) -> None:
+def same(facts: list[dict]) -> dict:
+    for key in SAME:
+        if len({f[key] for f in facts}) > 1: raise LabError(f"runs of different {key} do not stand in one table")
+    return facts[0]
+
+def of_runs(pattern: str) -> dict:
+    "What there is to say of the finished runs of these names."
     runs = sorted(p for p in runs_folder().glob(pattern) if (p / "metrics.json").exists())
     if not runs: raise LabError(f"no finished run called {pattern} in {runs_folder()}")
-    groups = {}
+    groups, table = {}, {}
     for run in runs: groups.setdefault(re.sub(r"-s\d+$", "", run.name).split("-", 1)[-1], []).append(final_row(run))
-    every = [r for rows in groups.values() for r in rows]
-    for key in SAME:
-        if len({r[key] for r in every}) > 1: raise LabError(f"runs of different {key} do not stand in one table")
-    first, table = every[0], {}
+    first = same([r for rows in groups.values() for r in rows])
     for name, rows in groups.items():
-        table[name] = dict(n=len(rows), cpu_seconds=sum(r["seconds"] for r in rows) / len(rows), cpu_seconds_by_seed=[r["seconds"] for r in rows], git=sorted({f"{r['hardware']['git']['commit']}{' with changes' if r['hardware']['git']['dirty'] else ''}" for r in rows}))
+        git = sorted({f"{r['hardware']['git']['commit']}{' with changes' if r['hardware']['git']['dirty'] else ''}" for r in rows})
+        table[name] = dict(n=len(rows), cpu_seconds=sum(r["seconds"] for r in rows) / len(rows), cpu_seconds_by_seed=[r["seconds"] for r in rows], git=git)
         for key in MEASURES:
             values = [float(r[key]) for r in rows]
             mean, half = t_interval(values)
             table[name][key] = dict(mean=float(mean), half=float(half), seeds=values)
-        print(f"{name:12} n={len(rows)}  " + "  ".join(f"{k} {table[name][k]['mean']:.3g} ± {table[name][k]['half']:.2g}" for k in MEASURES) + f"  {table[name]['cpu_seconds']:.0f} CPU-s")
-    facts = {k: first[k] for k in SAME} | {k: float(first[k]) for k in ("floor", "floor_std", "floor_n", "train_to_test", "baseline_class_gaussians", "baseline_class_means")}
-    write_json(out, dict(what="one-step generators: mean and half of the 95 % t-interval over seeds of the evaluation at the end", pattern=pattern, facts=facts, groups=table, environment=first["hardware"]))
-    if not figure: return
-    spans = {name: (t["to_test"]["mean"] - t["to_test"]["half"], t["to_test"]["mean"] + t["to_test"]["half"]) for name, t in table.items()}
-    low = min(table, key=lambda name: table[name]["to_test"]["mean"])
+    facts = {k: first[k] for k in SAME} | {k: float(first[k]) for k in BESIDE}
+    return dict(what="one-step generators: mean and half of the 95 % t-interval over seeds of the evaluation at the end", pattern=pattern, facts=facts, groups=table, environment=first["hardware"])
+
+def draw(table: dict, facts: dict):
+    values = {name: t["to_test"] for name, t in table.items()}
+    spans = {name: (v["mean"] - v["half"], v["mean"] + v["half"]) for name, v in values.items()}
+    low = min(values, key=lambda name: values[name]["mean"])
     alike = sum(overlapping(spans[low], span) for name, span in spans.items() if name != low)
-    title = f"{low} has the lowest mean distance to test images ({table[low]['to_test']['mean']:.3f}); its interval overlaps those of {alike} of {len(table) - 1} others"
-    save_figure(interval_dots({name: t["to_test"]["seeds"] for name, t in table.items()}, f"{distance_of(first)[0]} to test images", title), figure)
+    title = f"{low} has the lowest mean distance to test images ({values[low]['mean']:.3f});\nits interval overlaps those of {alike} of {len(table) - 1} others"
+    return interval_dots({name: v["seeds"] for name, v in values.items()}, f"{facts['extractor']}-FD to test images", title)
+
+def main(sources: list[str], out: str, figure: str) -> None:
+    found = [read_json(s) if s.endswith(".json") else of_runs(s) for s in sources]
+    facts, table = same([f["facts"] for f in found]), {name: row for f in found for name, row in f["groups"].items()}
+    for name, t in table.items(): print(f"{name:12} n={t['n']}  " + "  ".join(f"{k} {t[k]['mean']:.3g} ± {t[k]['half']:.2g}" for k in MEASURES) + f"  {t['cpu_seconds']:.0f} CPU-s")
+    if out: write_json(out, found[0] | dict(pattern=" ".join(sources), groups=table))
+    if figure: save_figure(draw(table, facts), figure)
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("pattern"), parser.add_argument("--out", default="benchmarks/results/drift_digits.json"), parser.add_argument("--figure", default="")
+    parser.add_argument("sources", nargs="+"), parser.add_argument("--out", default=""), parser.add_argument("--figure", default="")
     try: main(**vars(parser.parse_args()))
     except LabError as e: sys.exit(str(e))
