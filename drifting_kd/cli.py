@@ -105,6 +105,7 @@ def execute(notebook: Path, typed: dict, output: Path) -> None:
     "Run a notebook to `output`, showing what it prints; LabError says in a line what stopped it."
     os.environ.setdefault("PYDEVD_DISABLE_FILE_VALIDATION", "1")
     import papermill
+    from jupyter_client.kernelspec import NoSuchKernel
     from nbclient.exceptions import DeadKernelError
     new = not output.exists()
     try:
@@ -120,6 +121,7 @@ def execute(notebook: Path, typed: dict, output: Path) -> None:
             attempt()  # kernels that start at once can be given the same port, by Jupyter itself; nothing has run yet
     except papermill.PapermillExecutionError as e:
         raise LabError(f"{e.evalue if e.ename == 'LabError' else f'{e.ename}: {e.evalue}'}{where}") from None
+    except NoSuchKernel as e: raise LabError(f"{_show(notebook)} asks for the kernel {e.name!r}, which is not installed here; choose Python 3 (JupyterLab: Kernel, Change Kernel) and save it") from None
     except DeadKernelError: raise LabError(f"the kernel died (out of memory or killed); continue with -p resume True{where.replace('the traceback', 'what it did')}") from None
     except KeyboardInterrupt:
         logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # nbclient leaves a task behind, whose traceback would be the last thing on the screen

@@ -43,9 +43,9 @@ def cell(i, source, tags=()):
     return dict(cell_type="code", id=f"c{i}", execution_count=None, outputs=[], source=source, metadata=dict(tags=list(tags)))
 
 
-def write_notebook(path, tagged=True):
+def write_notebook(path, tagged=True, kernel="python3"):
     cells = [cell(0, SETUP), cell(1, PARAMETERS, ["parameters"] if tagged else []), cell(2, TRAINING)]
-    path.write_text(json.dumps(dict(nbformat=4, nbformat_minor=5, cells=cells, metadata=dict(kernelspec=dict(name="python3", display_name="python3", language="python")))))
+    path.write_text(json.dumps(dict(nbformat=4, nbformat_minor=5, cells=cells, metadata=dict(kernelspec=dict(name=kernel, display_name=kernel, language="python")))))
 
 
 @pytest.fixture
@@ -102,6 +102,9 @@ def test_lost_tag_and_unknown_notebook(root):
     write_notebook(root / "nbs" / "train.ipynb", tagged=False)
     done = call(root, "run", "train", "-p", "lr", "1")
     assert done.returncode == 1 and "tagged 'parameters', found 0" in done.stderr and not (root / "runs").exists()
+    write_notebook(root / "nbs" / "train.ipynb", kernel="somebody's")
+    done = call(root, "run", "train")
+    assert done.returncode == 1 and "train.ipynb asks for the kernel \"somebody's\", which is not installed here" in done.stderr and done.stderr.count("\n") == 1, done.stderr
 
 
 def test_an_error_inside_is_one_line_and_keeps_the_notebook(root):
