@@ -286,10 +286,10 @@ def _command(*words: str, cwd: Path | None = None) -> str | None:
     return out.stdout.strip() if out.returncode == 0 else None
 
 def git_state(folder: Path | None = None) -> dict:
-    "Commit and dirtiness; never a remote's address, which can carry a token."
+    "Commit and whether anything but results differs from it; never a remote's address, which can carry a token."
     folder = folder or Path(__file__).parent if "__file__" in globals() else folder
     commit = _command("git", "rev-parse", "HEAD", cwd=folder)
-    changed = _command("git", "status", "--porcelain", cwd=folder) if commit else None
+    changed = _command("git", "status", "--porcelain", "--", ":/", ":(top,exclude)figures", ":(top,exclude)benchmarks/results", cwd=folder) if commit else None
     return {"commit": commit, "dirty": bool(changed) if changed is not None else None}
 
 def _package(name: str) -> str | None:
