@@ -48,6 +48,11 @@ def of_runs(pattern: str) -> dict:
     facts = {k: first[k] for k in SAME} | {k: float(first[k]) for k in BESIDE}
     return dict(what="one-step generators: mean and half of the 95 % t-interval over seeds of the evaluation at the end", pattern=pattern, facts=facts, groups=table, environment=first["hardware"])
 
+def of_study(file: str) -> dict:
+    found = read_json(file)
+    if not {"facts", "groups"} <= set(found): raise LabError(f"{file} was not written by drift_study; give a pattern of runs or such a JSON")
+    return found
+
 def draw(table: dict, facts: dict):
     values = {name: t["to_test"] for name, t in table.items()}
     spans = {name: (v["mean"] - v["half"], v["mean"] + v["half"]) for name, v in values.items()}
@@ -57,10 +62,13 @@ def draw(table: dict, facts: dict):
     return interval_dots({name: v["seeds"] for name, v in values.items()}, f"{facts['extractor']}-FD to test images", title)
 
 def main(sources: list[str], out: str, figure: str) -> None:
-    found = [read_json(s) if s.endswith(".json") else of_runs(s) for s in sources]
-    facts, table = same([f["facts"] for f in found]), {name: row for f in found for name, row in f["groups"].items()}
+    found, table = [of_study(s) if s.endswith(".json") else of_runs(s) for s in sources], {}
+    facts = same([f["facts"] for f in found])
+    for f in found:
+        if twice := set(table) & set(f["groups"]): raise LabError(f"two sources have {', '.join(sorted(twice))}; narrow a pattern, so that each group comes from one")
+        table |= f["groups"]
     for name, t in table.items(): print(f"{name:12} n={t['n']}  " + "  ".join(f"{k} {t[k]['mean']:.3g} ± {t[k]['half']:.2g}" for k in MEASURES) + f"  {t['cpu_seconds']:.0f} CPU-s")
-    if out: write_json(out, found[0] | dict(pattern=" ".join(sources), groups=table))
+    if out: write_json(out, found[0] | dict(pattern=" ".join(sources), groups=table) | (dict(environment=[f["environment"] for f in found]) if len(found) > 1 else {}))
     if figure: save_figure(draw(table, facts), figure)
 
 if __name__ == "__main__":

@@ -57,7 +57,7 @@ def checkpoint_at(run: Path,           # a run's folder
     measured = {line["step"]: line["val/accuracy"] for line in lines if line.get("val/accuracy") is not None}
     kept = {path: measured[step] for path in sorted((run / "checkpoints").glob("step_*.pt")) if (step := int(path.stem.removeprefix("step_"))) in measured}
     nearest = min(kept, key=lambda path: abs(kept[path] - accuracy), default=None)
-    if nearest and abs(kept[nearest] - accuracy) <= within: return nearest, kept[nearest]
+    if nearest and abs(kept[nearest] - accuracy) <= within + 1e-9: return nearest, kept[nearest]
     raise LabError(f"run {run.name} kept no checkpoint with val/accuracy within {within:g} of {accuracy:.4g} (" + (f"the nearest of {len(kept)} has {kept[nearest]:.4g}" if kept else "none was evaluated at its step") + "); "
                    "take another accuracy, or train with a larger keep_last and with eval_every and save_every alike")
 

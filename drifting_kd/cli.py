@@ -121,13 +121,15 @@ def execute(notebook: Path, typed: dict, output: Path) -> None:
             attempt()  # kernels that start at once can be given the same port, by Jupyter itself; nothing has run yet
     except papermill.PapermillExecutionError as e:
         raise LabError(f"{e.evalue if e.ename == 'LabError' else f'{e.ename}: {e.evalue}'}{where}") from None
-    except NoSuchKernel as e: raise LabError(f"{_show(notebook)} asks for the kernel {e.name!r}, which is not installed here; choose Python 3 (JupyterLab: Kernel, Change Kernel) and save it") from None
+    except NoSuchKernel as e:
+        if new: output.unlink(missing_ok=True)
+        raise LabError(f"{_show(notebook)} asks for the kernel {e.name!r}, which is not installed here; choose Python 3 (JupyterLab: Kernel, Change Kernel) and save it") from None
     except DeadKernelError: raise LabError(f"the kernel died (out of memory or killed); continue with -p resume True{where.replace('the traceback', 'what it did')}") from None
     except KeyboardInterrupt:
         logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # nbclient leaves a task behind, whose traceback would be the last thing on the screen
         raise
     finally:
-        if new and not output.stat().st_size: output.unlink()  # nothing was run
+        if new and output.exists() and not output.stat().st_size: output.unlink()  # nothing was run
 
 def run_command(args) -> int:
     notebook = find_notebook(args.notebook)

@@ -653,7 +653,7 @@ def _check_room(self: Drift, encoder: Encoder) -> None:
     "Do the features of all images that are kept fit into memory?"
     image = sum(m.numel() for m in encoder(torch.zeros(1, self.data.channels, self.data.image_size, self.data.image_size)))
     if (need := 4 * image * (places := self.classes * self.size)) > ROOM:
-        raise LabError(f"{places:,} real images of {image:,} features each take {need / 1e9:.1f} GB, more than {ROOM / 1e9:g} GB: keep the newest of each class only (queue={'128' if not self.cfg.queue else 'less'}), or leave locations out (multi_scale=False)")
+        raise LabError(f"room for {places:,} real images of {image:,} features each takes {need / 1e9:.1f} GB, more than {ROOM / 1e9:g} GB: keep the newest of each class only (queue={'128' if not self.cfg.queue else 'less'}), or leave locations out (multi_scale=False)")
 
 @patch
 def setup(self: Drift, device, rank: int = 0, world: int = 1) -> None:

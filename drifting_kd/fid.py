@@ -221,6 +221,7 @@ class Stats:
 
     def part(self, n: int, seed: int = 0) -> Stats:
         "Of n images: drawn at random, or where labels are known with the same shares of classes."
+        if self.features is None: raise LabError("these statistics have no features to take a part of; make them with keep=True")
         if not 2 <= n <= len(self.features): raise LabError(f"n={n}: expected 2 to the {len(self.features):,} images whose features are known")
         if self.labels is None: rows = torch.randperm(self.n, generator=generator(seed, 79))[:n]
         else: rows = self.labels.argsort(stable=True)[torch.linspace(0, self.n - 1, n, dtype=torch.float64).round().long()]
@@ -719,7 +720,7 @@ def images_of(source,               # tensor, array, Split, folder, .zip, .npz, 
             size = min(batch_size, n - start)
             with torch.no_grad(): made = _as_tensor(source(size, generator(seed, i)))
             if not (i or scale) and made.is_floating_point() and made.numel() and made.min() >= 0: warnings.warn("no pixel of the sampler's is negative, and they are read as [-1, 1]; for pixels in [0, 1] give scale='unit'")
-            x = to_uint8(made[..., None] if made.ndim == 3 else made, scale or "signed")
+            x = to_uint8(made[..., None] if made.ndim == 3 and made.shape[-1] != 3 else made, scale or "signed")
             if len(x) != size: raise LabError(f"the sampler gave {len(x)} images instead of {size}")
             yield x
         return
@@ -763,6 +764,8 @@ def reference_stats(source,                  # Stats, a .npz of them, or anythin
     return replace(Stats.from_moments(moments, extractor), labels=labels)
 
 # %% ../nbs/06_fid.ipynb #c075
+def _count(n: int) -> str: return f"{n:,}" if n else "an unknown number of"
+
 @dataclass
 class Score:
     "A distance, and all that it takes to compare it."
@@ -791,7 +794,7 @@ class Score:
         error = f" ± {self.error:.2g}" if self.error is not None else ""
         floor = f"real against real{' with equal shares of classes' if self.by_class else ''} {self.floor:.4g}{f' ± {self.floor_std:.2g}' if self.floor_std else ''} at n={self.floor_n:,}{f'; {self.at_floor_n:.4g} for that many of these' if self.at_floor_n is not None else ''}" if self.floor is not None else "no floor"
         judge = f"{self.extractor}{', ' + self.mode if self.mode else ''}, {self.dims} dimensions, sha256 {self.sha256[:12]}"
-        against = f"{self.n_real:,}" if self.n_real else "an unknown number"
+        against = _count(self.n_real).removesuffix(" of")
         return "\n".join([f"{self.metric} {self.value:.4g}{error} ({floor}); n={self.n_fake:,} against {against}; {judge}", *(f"  warning: {w}" for w in self.warnings)])
 
 # %% ../nbs/06_fid.ipynb #c076
@@ -826,9 +829,9 @@ def _score(name: Callable, measure: Callable, key: tuple, real, fake, extractor,
     elif not isinstance(floor, bool):
         known = isinstance(floor, Stats) or holds_stats(floor)
         other = see(floor, 0 if known else fake.n if callable(floor) else min(fake.n, _open(floor, "")[0]), keep)
-        if other.n > fake.n and other.features is not None: other = other.part(fake.n, seed)
+        if 0 < fake.n < other.n and other.features is not None: other = other.part(fake.n, seed)
         low, m = measure(real, other)[0], other.n
-        if m != fake.n: notes.append(f"the floor is for {f'{m:,}' if m else 'an unknown number of'} images, the distance for {fake.n:,}")
+        if m != fake.n: notes.append(f"the floor is for {_count(m)} images, the distance for {_count(fake.n)}")
     at = measure(real, fake.part(m, seed))[0] if key[0] == "fd" and low is not None and 1 < m < fake.n and fake.features is not None else None
     for who, stats in (("generated", fake), ("real", real)):
         if key[0] == "fd" and 0 < stats.n < 2 * judge.dims: notes.append(f"{stats.n:,} {who} images for {judge.dims:,} dimensions: fewer than twice as many, so the distance is mostly their number's doing")

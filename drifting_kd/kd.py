@@ -1052,7 +1052,7 @@ class DistillConfig(TrainConfig):
         if term and self.cache != "off": raise LabError(f"cache={self.cache!r} saves nothing beside a feature term, which needs its teachers live; use cache='off', or no feature")
         if term and self.compile: raise LabError("a feature term looks into the network with hooks; use compile=False, or no feature")
         if max(self.processes, launched()) > 1 and (self.reduction == "batch" or m.loss in ("dist", "mlkd") or term not in ("", "attention", "fitnet")):
-            raise LabError(f"method {self.method!r}{f' with feature {term}' if term else ''}, reduction={self.reduction!r}: it looks at whole batches, and processes would each see a part; use processes=1")
+            raise LabError(f"method {self.method!r}{f' with feature {term}' if term else ''}, reduction={self.reduction!r}: it looks at whole batches, and processes would each see a part; {'use processes=1' if self.processes > 1 else 'start it without a launcher (WORLD_SIZE)'}")
         if not self.teachers and not self.teacher_models and m.loss: raise LabError(f"method {self.method!r} needs teachers: name them, or the networks of own ones in teacher_models")
 
     def default(self, name: str): return next(f.default for f in dataclasses.fields(self) if f.name == name)
@@ -1227,7 +1227,7 @@ def make_regressors(self: Distill) -> None:
             widths = inside[mine].shape[1], seen[theirs].shape[1]
             if self.feature != "fitnet" and widths[0] == widths[1]: continue
             with torch.random.fork_rng(devices=[]):
-                torch.default_generator.manual_seed(1000 * self.cfg.seed + 10 * k + i)
+                torch.default_generator.manual_seed((1000 * self.cfg.seed + 10 * k + i) % 2**63)
                 self.regressors[f"{k}_{i}"] = FitNet(*widths)
     self.regressors.to(self.device)
 

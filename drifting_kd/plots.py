@@ -597,7 +597,7 @@ def loss_slices(slices: dict,    # name -> (steps, losses), as analysis.loss_sli
 def barrier_curves(curves: dict,    # name -> (alphas, losses), as analysis.barrier gives them, or a list of such, one a pair
                   ) -> Figure:
     "How far the loss on the way between two solutions lies above the straight line between its ends: a thin line a pair, a thick one for their mean. A barrier is the highest point of a pair's own line; title and labels have the mean of these."
-    if not curves or [] in curves.values(): raise LabError("barrier_curves got nothing to draw; give {name: (alphas, losses)}")
+    if not curves or any(isinstance(pairs, list) and not pairs for pairs in curves.values()): raise LabError("barrier_curves got nothing to draw; give {name: (alphas, losses)}")
     fig = Picture(figsize=(max(6.4, 4.6 + .11 * max(map(len, curves))), max(3, .4 + .28 * len(curves))), layout="constrained")
     ax, ends, barriers, most = fig.subplots(), [], {}, 1
     for i, (name, pairs) in enumerate(curves.items()):

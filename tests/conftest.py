@@ -1,9 +1,10 @@
 "Shared by the tests that need real processes."
-import json, multiprocessing, os, subprocess, sys, threading
+import json, multiprocessing, multiprocessing.connection, os, signal, subprocess, sys, threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 import pytest
 
+for name, value in dict(OMP_WAIT_POLICY="passive", MPLBACKEND="agg").items(): os.environ.setdefault(name, value)  # read where libraries are loaded
 ROOT = Path(__file__).resolve().parents[1]
 TINY = dict(tracker="none", device="cpu", threads=1, limit=300, epochs=3, batch_size=50, log_every=2, eval_every=1)
 
@@ -14,34 +15,41 @@ def lab(tmp_path, monkeypatch):
     "An empty root for runs."
     monkeypatch.setenv("DKD_ROOT", str(tmp_path))
     monkeypatch.setenv("IN_TEST", "1")
-    monkeypatch.setenv("OMP_WAIT_POLICY", "passive")
     return tmp_path
 
-def train(patch: str = "", launcher: list[str] = (), wait: bool = True, **settings):
-    "Train in a process of its own; `patch` is code that runs there before training."
+def train(patch: str = "", launcher: list[str] = (), wait: bool = True, fork: bool = True, **settings):
+    "Train in a process of its own; `patch` is code that runs there before training. Forks share Python's hash seed: without `fork` it is another."
     words = [json.dumps(TINY | settings), patch]
-    if wait and not launcher: return forked(words)
+    if fork and wait and not launcher: return forked(words)
     command = [sys.executable, *launcher, str(ROOT / "tests" / "train_once.py"), *words]
     if not wait: return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     return subprocess.run(command, capture_output=True, text=True, timeout=120)
 
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["torch._dynamo", "drifting_kd.drift", "drifting_kd.kd"])  # optimisers import the first
+BOOKS = threading.Lock()  # multiprocessing's own, which two threads must not keep at once
 
 def forked(words: list[str], timeout: float = 120) -> subprocess.CompletedProcess:
     "As subprocess.run of train_once.py, from a process that has imported torch and made no thread yet: seconds less for each."
     import train_once
-    pipes = [FORKS.Pipe(duplex=False) for _ in ("stdout", "stderr")]
+    pipes, late = [FORKS.Pipe(duplex=False) for _ in ("stdout", "stderr")], threading.Event()
     process = FORKS.Process(target=train_once.in_fork, args=(words, dict(os.environ), *(end for _, end in pipes)))
-    process.start()
+    with BOOKS: process.start()
     def read(pair) -> str:
         pair[1].close()  # the child has its own
         with pair[0], open(pair[0].fileno(), encoding="utf-8", closefd=False) as f: return f.read()
-    stop = threading.Timer(timeout, process.kill)
-    stop.start()
-    with ThreadPoolExecutor(2) as pool: out, err = pool.map(read, pipes)
-    process.join()
-    stop.cancel()
+    def stop() -> None:
+        late.set()
+        os.killpg(process.pid, signal.SIGKILL)  # its own processes, too
+    timer = threading.Timer(timeout, stop)
+    timer.daemon = True
+    timer.start()
+    try:
+        with ThreadPoolExecutor(2) as pool: out, err = pool.map(read, pipes)
+        multiprocessing.connection.wait([process.sentinel])
+    finally: timer.cancel()
+    with BOOKS: process.join()
+    if late.is_set(): raise subprocess.TimeoutExpired(words, timeout, out, err)
     return subprocess.CompletedProcess(words, process.exitcode, out, err)
 
 def losses(run: Path) -> list:

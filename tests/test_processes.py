@@ -45,7 +45,7 @@ def test_processes_parameter(lab):
 
 def test_two_processes_killed_and_resumed(lab):
     "Between two log lines: the half-full window of both goes on."
-    die = "import os, signal; os.setsid()\nimport drifting_kd.train as t\ndef after_step(self, step):\n    if step == 8: os.killpg(0, signal.SIGKILL)\nt.Classify.after_step = after_step"
+    die = "import os, signal\nimport drifting_kd.train as t\ndef after_step(self, step):\n    if step == 8: os.killpg(0, signal.SIGKILL)\nt.Classify.after_step = after_step"
     settings = dict(processes=2, epochs=2, log_every=4, save_every=1)
     whole, killed = train(run_name="whole", **settings), train(die, run_name="killed", **settings)
     assert whole.returncode == 0 and killed.returncode == -signal.SIGKILL and not (lab / "runs/killed/metrics.json").exists()

@@ -24,6 +24,7 @@ def told() -> None:
 
 def in_fork(words: list[str], env: dict, *pipes) -> None:
     "The same in a fork of a process that has imported everything."
+    os.setsid()
     sys.argv[1:] = words
     os.environ.clear(), os.environ.update(env)
     for fd, pipe in enumerate(pipes, 1):
