@@ -223,8 +223,7 @@ class Stats:
         "Of n images: drawn at random, or where labels are known with the same shares of classes."
         if self.features is None: raise LabError("these statistics have no features to take a part of; make them with keep=True")
         if not 2 <= n <= len(self.features): raise LabError(f"n={n}: expected 2 to the {len(self.features):,} images whose features are known")
-        if self.labels is None: rows = torch.randperm(self.n, generator=generator(seed, 79))[:n]
-        else: rows = self.labels.argsort(stable=True)[torch.linspace(0, self.n - 1, n, dtype=torch.float64).round().long()]
+        rows = torch.randperm(self.n, generator=generator(seed, 79))[:n] if self.labels is None else self.labels.argsort(stable=True)[torch.linspace(0, self.n - 1, n, dtype=torch.float64).round().long()]
         return Stats.of(self.features[rows].to(self.mu.device), self)
 
     def save(self, path: str | Path, features: bool = False) -> None: # features: them too (`feats`), for KID and neighbours
