@@ -1,5 +1,5 @@
 "Every family on a device that is not the CPU, without one: nothing may be left behind on the host, and no step may wait."
-import json, os, subprocess, sys
+import json, os, runpy, subprocess, sys
 import pytest
 from conftest import ROOT, train
 
@@ -47,3 +47,9 @@ def test_notebooks_run_where_the_data_are(lab):
     command = [sys.executable, str(ROOT / "tests/pretend.py"), *(w for name, settings in words for w in (name, json.dumps(settings)))]
     out = subprocess.run(command, capture_output=True, text=True, timeout=600, env=os.environ | dict(MPLBACKEND="agg", OMP_NUM_THREADS="1"))
     assert out.returncode == 0, out.stdout[-3000:] + out.stderr[-3000:]
+
+def test_a_measurement_that_failed_reaches_no_aim():
+    gpu = runpy.run_path(str(ROOT / "benchmarks/gpu.py"), run_name="gpu")
+    assert set(gpu["reached"]({name: dict(error="out of memory", wall_seconds=1.) for name in gpu["MEASUREMENTS"]}).values()) == {"not measured"}
+    same = lambda **found: gpu["reached"](dict(determinism=found | dict(wall_seconds=1.)))["two trainings give the same weights"]
+    assert (same(), same(a=True, b=True), same(a=True, b=False)) == ("not measured", "yes", "no")
