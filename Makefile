@@ -4,7 +4,8 @@
 # Each makes .venv by itself. PYTHON=python3.12 chooses the interpreter (3.11 to 3.13), TORCH_INDEX=URL where torch comes from (README).
 PYTHON ?= python3
 BIN := .venv/bin
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile -c constraints.txt
+COMPILE := $(BIN)/python -m compileall -q -j 0 -x "/tests?/" .venv/lib >/dev/null 2>&1 || true # on all cores; pip would use one
 INPUTS := settings.ini setup.py constraints.txt
 
 .PHONY: run test lab slow notebooks clean
@@ -34,14 +35,12 @@ notebooks: .venv/ready-dev
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || { echo "Python 3.11 to 3.13 is needed; $(PYTHON) is `$(PYTHON) -V`. Try: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 1; }
 	$(PYTHON) -m venv .venv
 
-.venv/ready: .venv/bin/python $(INPUTS)
+.venv/ready-dev: EXTRA := [dev]
+.venv/ready .venv/ready-dev: .venv/bin/python $(INPUTS)
 	$(if $(TORCH_INDEX),$(PIP) --index-url $(TORCH_INDEX) torch torchvision)
-	$(PIP) -e .
-	@touch $@
-
-.venv/ready-dev: .venv/ready
-	$(PIP) -e ".[dev]"
-	@touch $@
+	$(PIP) -e ".$(EXTRA)"
+	@$(COMPILE)
+	@touch .venv/ready $@
 
 clean:
 	rm -rf .venv build *.egg-info

@@ -15,6 +15,8 @@ from drifting_kd.plots import COLOURS, Figure, Picture, save_figure, styled, t_i
 
 PAIRS = [("hinton+ca", "hinton"), ("ca_weighted", "ca_weighted+uniform"), ("dkd+ca", "dkd"), ("hinton+confidence", "hinton"), ("dkd+ls+ca", "dkd+ca"), ("hinton_drift", "hinton"),  # differ in one thing
          ("ca_weighted+uniform", "hinton"), ("dynamic", "hinton"), ("confidence", "hinton")]                                                                                              # in more
+PAIRS += [(f"hinton+confidence_{c}", "hinton+confidence") for c in ("calibrated", "crossfit")]  # whose confidences open the gate
+GATED = ("hinton+confidence", "hinton+confidence_calibrated", "hinton+confidence_crossfit", "dynamic", "confidence")
 
 def name_of(group: str) -> str:
     "`hinton, drift` as `hinton + drift term`; a group without a term is its method."
@@ -46,12 +48,16 @@ def dots(studies: dict) -> Figure:
 
 def beside(data: str) -> dict:
     "Teachers, saturated gates and paired differences (last epoch, points, 95 % t-interval) of one matrix."
-    def seeds(pattern: str, key: str) -> list[float]: return [read_json(p / "metrics.json")[key] for p in sorted(runs_folder().glob(pattern))]
+    def seeds(method: str, key: str) -> dict: return {int(p.name.rsplit("-s", 1)[1]): read_json(p / "metrics.json")[key] for p in runs_folder().glob(f"distill_{data}-{method}-s[0-9]*") if (p / "metrics.json").exists()}
     def paired(a: str, b: str) -> dict:
-        points = [100 * (x - y) for x, y in zip(*(seeds(f"distill_{data}-{m}-s?", "test/last_accuracy") for m in (a, b)), strict=True)]
+        x, y = (seeds(m, "test/last_accuracy") for m in (a, b))
+        if x.keys() != y.keys() or len(x) < 2: raise LabError(f"{a} has seeds {sorted(x)} and {b} has {sorted(y)}: expected the same ones, two or more")
+        points = [100 * (x[seed] - y[seed]) for seed in sorted(x)]
         mean, half = map(float, t_interval(points))
         return dict(seeds=points, mean=mean, low=mean - half, high=mean + half)
-    return dict(teachers=seeds(f"teacher-{data}-*", "test/last_accuracy"), gate_saturated={m: seeds(f"distill_{data}-{m}-s?", "train/gate_saturated") for m in ("hinton+confidence", "dynamic", "confidence")}, paired={f"{a} minus {b}": paired(a, b) for a, b in PAIRS})
+    teachers = [read_json(p / "metrics.json")["test/last_accuracy"] for p in sorted(runs_folder().glob(f"teacher-{data}-*"))]
+    gated = [m for m in GATED if seeds(m, "test/last_accuracy")]
+    return dict(teachers=teachers, gate_saturated={m: [v for _, v in sorted(seeds(m, "train/gate_saturated").items())] for m in gated}, paired={f"{a} minus {b}": paired(a, b) for a, b in PAIRS if seeds(a, "test/last_accuracy")})
 
 def main(reports: list[Path], figure: str, beside_file: str) -> None:
     studies = dict(map(read, reports))

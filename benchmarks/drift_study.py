@@ -21,10 +21,10 @@ BESIDE = ("floor", "floor_std", "floor_n", "train_to_test", "baseline_class_gaus
 
 def final_row(run: Path) -> dict:
     "The evaluation of the final weights at the configured strength, with the run's cost."
-    cfg = read_json(run / "config.json")
-    rows = [r for r in read_rows(run / "eval" / "fid_metrics.csv") if r["checkpoint"] == "final_model.pt" and float(r["alpha"]) == (cfg["alpha"] if cfg["alpha_max"] > 1 else 1.)]
-    if len(rows) != 1: raise LabError(f"{run.name}: {len(rows)} evaluations of final_model.pt at alpha {cfg['alpha']:g}; expected one")
-    told = read_json(run / "metrics.json")
+    cfg, told = read_json(run / "config.json"), read_json(run / "metrics.json")
+    if missing := [k for k in ("alpha", "alpha_max", "num_samples") if k not in cfg] + [k for k in ("train_cpu_seconds", "test/last_variance_ratio") if k not in told]: raise LabError(f"{run.name} has no {', '.join(missing)}; expected runs of drift.ipynb with a judge")
+    rows = [r for r in read_rows(run / "eval" / "fid_metrics.csv") if r["checkpoint"] == "final_model.pt" and int(r["num_samples"]) == cfg["num_samples"] and float(r["alpha"]) == (cfg["alpha"] if cfg["alpha_max"] > 1 else 1.)]
+    if len(rows) != 1: raise LabError(f"{run.name}: {len(rows)} evaluations of final_model.pt at alpha {cfg['alpha']:g} with {cfg['num_samples']:,} samples; expected one")
     return rows[0] | {"seconds": told["train_cpu_seconds"], "variance_to_test": told["test/last_variance_ratio"], "hardware": read_json(run / "environment.json")}
 
 def same(facts: list[dict]) -> dict:

@@ -690,3 +690,4 @@ class SolutionsConfig(Parameters):
     def __post_init__(self):
         super().__post_init__()
         check_run_name(self.name, "name", "files go to figures/")
+        if self.surface in (1, 2): raise LabError(f"surface={self.surface}: a surface needs three places a side or more; 0 draws none")

@@ -209,13 +209,13 @@ def compare_command(args) -> int:
 
 # %% ../nbs/17_cli.ipynb #c017
 def fid_command(args) -> int:
-    from drifting_kd.evaluate import judge_for, own_alpha, run_checkpoint, stats_of
+    from drifting_kd.evaluate import judge_for, own_alpha, run_checkpoint, size_for, stats_of
     from drifting_kd.fid import fid, kid
     from drifting_kd.models import load_checkpoint
     from drifting_kd.train import use_threads
     judge = judge_for([args.real, args.fake], args.extractor, args.mode, args.device, args.data_root, args.dataset)
     use_threads(0, judge.size or 224)
-    settings = dict(alpha=args.alpha, seed=args.seed, data_root=args.data_root, dataset=args.dataset)
+    settings = dict(alpha=args.alpha, seed=args.seed, data_root=args.data_root, dataset=args.dataset, image_size=args.image_size or size_for([args.real, args.fake]))
     real, fake = stats_of(args.real, judge, **settings), stats_of(args.fake, judge, args.n, **settings)
     for text in (args.real, args.fake):
         if (path := run_checkpoint(text)): print(f"{text}: {path.name}, step {(c := load_checkpoint(path))['step']:,}, alpha {args.alpha or own_alpha(c['config']):g}")
@@ -236,7 +236,7 @@ def reference_command(args) -> int:
     from drifting_kd.evaluate import judge_for, stats_of
     if not args.output.endswith(".npz"): raise LabError(f"{args.output}: expected a name that ends in .npz")
     source = f"{args.dataset}:{args.split}"
-    stats = stats_of(source, judge_for([source], args.extractor, args.mode, args.device, args.data_root), data_root=args.data_root)
+    stats = stats_of(source, judge_for([source], args.extractor, args.mode, args.device, args.data_root), data_root=args.data_root, image_size=args.image_size)
     Path(args.output).parent.mkdir(parents=True, exist_ok=True)
     stats.save(args.output, features=not args.no_features)
     print(f"{_show(Path(args.output))}: {source}, {stats.n:,} images; {stats.extractor}{', ' + stats.mode if stats.mode else ''}, {stats.dims} dimensions, sha256 {stats.sha256[:12]}")
@@ -247,6 +247,7 @@ def _add_judge(p) -> None:
     p.add_argument("--mode", default="", help="of inception: clean, legacy_tensorflow or legacy_pytorch")
     p.add_argument("--device", default="auto")
     p.add_argument("--data-root", default="", metavar="FOLDER", help="where data sets are (default: DKD_DATA, else data/)")
+    p.add_argument("--image-size", type=int, default=0, metavar="PIXELS", help="side of a data set's images (default: a run's own, else the data's)")
 
 # %% ../nbs/17_cli.ipynb #c023
 class _Help(argparse.Action):

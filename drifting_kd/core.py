@@ -4,17 +4,17 @@
 
 # %% ../nbs/00_core.ipynb #c002
 from __future__ import annotations
-import contextlib, dataclasses, datetime, difflib, hashlib, importlib.metadata, json, math, os, platform, random, re, subprocess, sys, threading, time, warnings
+import contextlib, dataclasses, datetime, difflib, errno, hashlib, importlib.metadata, json, math, os, platform, random, re, subprocess, sys, threading, time, warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from fastcore.basics import patch
 
 # %% auto #0
 __all__ = ['SCHEMA', 'DETERMINISTIC', 'RESERVED', 'PACKAGES', 'LabError', 'unknown', 'project_root', 'runs_folder',
-           'working_folder', 'environ', 'plain', 'atomic_write', 'write_json', 'read_json', 'mix', 'generator',
-           'seed_everything', 'choose_device', 'import_torchvision', 'need', 'param', 'check_value', 'Parameters',
-           'Config', 'split_words', 'check_run_name', 'watch_parameters', 'git_state', 'environment', 'try_lock',
-           'locked', 'launched', 'once', 'run_state', 'Run', 'read_metrics', 'list_runs']
+           'working_folder', 'environ', 'plain', 'atomic_write', 'writable_folder', 'write_json', 'read_json', 'mix',
+           'generator', 'seed_everything', 'same_determinism', 'choose_device', 'import_torchvision', 'need', 'param',
+           'check_value', 'Parameters', 'Config', 'split_words', 'check_run_name', 'watch_parameters', 'git_state',
+           'environment', 'try_lock', 'locked', 'launched', 'once', 'run_state', 'Run', 'read_metrics', 'list_runs']
 
 # %% ../nbs/00_core.ipynb #c005
 SCHEMA = 1  # version of every JSON file a run writes
@@ -99,6 +99,14 @@ def _sync_folder(path: Path) -> None:
     try: os.fsync(handle)
     finally: os.close(handle)
 
+def writable_folder(path: str | Path) -> Path:
+    "Make a folder where there is none, before work is spent on what cannot be written."
+    try:
+        Path(path).mkdir(parents=True, exist_ok=True)
+        if not os.access(path, os.W_OK | os.X_OK): raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as e: raise LabError(f"cannot write to {path} ({e.strerror}); fix the permissions or set DKD_ROOT to another folder") from None
+    return Path(path)
+
 def write_json(path: str | Path, content: dict) -> None:
     "Write `content` with the schema version, strictly and atomically."
     with atomic_write(path, "w") as f: f.write(json.dumps({"schema": SCHEMA, **plain(content)}, indent=1, allow_nan=False) + "\n")
@@ -141,6 +149,18 @@ def seed_everything(seed: int = 42,
     if torch.cuda.is_available():  # the gradients of fused attention on a GPU differ from run to run unless every other such operator is an error
         for kind in ("flash", "mem_efficient", "cudnn"): getattr(torch.backends.cuda, f"enable_{kind}_sdp")(not exact)
     warnings.filterwarnings("ignore" if deterministic == "on" else "default", message=".*does not have a deterministic implementation.*")
+
+@contextlib.contextmanager
+def same_determinism():
+    "`seed_everything` may choose kernels inside; afterwards the choice is the caller's again."
+    import torch
+    cudnn, fused = torch.backends.cudnn, {kind: getattr(torch.backends.cuda, f"{kind}_sdp_enabled")() for kind in ("flash", "mem_efficient", "cudnn")}
+    mode, tuned = torch.get_deterministic_debug_mode(), (cudnn.deterministic, cudnn.benchmark)
+    try: yield
+    finally:
+        torch.set_deterministic_debug_mode(mode)
+        cudnn.deterministic, cudnn.benchmark = tuned
+        for kind, on in fused.items(): getattr(torch.backends.cuda, f"enable_{kind}_sdp")(on)
 
 # %% ../nbs/00_core.ipynb #c024
 def choose_device(name: str = "auto"):

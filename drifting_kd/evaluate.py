@@ -4,7 +4,7 @@
 
 # %% ../nbs/14_evaluate.ipynb #c002
 from __future__ import annotations
-import functools, contextlib, csv, datetime, hashlib, io, itertools, math, os, re, shutil, time, types, warnings
+import functools, contextlib, csv, datetime, filecmp, hashlib, io, itertools, math, os, re, shutil, time, types, warnings
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Callable
@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
-from .core import (LabError, Parameters, Run, try_lock, locked, atomic_write, choose_device, environment, generator, import_torchvision, launched, list_runs, need, param, plain, project_root, read_json, runs_folder,
+from .core import (LabError, Parameters, Run, same_determinism, writable_folder, try_lock, locked, atomic_write, choose_device, environment, generator, import_torchvision, launched, list_runs, need, param, plain, project_root, read_json, runs_folder,
                               seed_everything, split_words, unknown, write_json)
 from .data import Dataset, load_dataset, splits_hash
 from .fid import (Extractor, MODES, Moments, Score, Stats, holds_stats, as_extractor, bicubic, class_gaussians, class_means, default_judge, exact_fp32, fd_infinity, feature_diversity, fid, kid, load_stats,
@@ -26,12 +26,12 @@ from .train import undisturbed, use_threads
 # %% auto #0
 __all__ = ['MEASURES', 'KEPT', 'LPIPS_TRUNKS', 'CLIP_MEAN', 'CLIP_STD', 'PRDC_IMAGES', 'HEAD', 'MIDDLE', 'CONTEXT', 'SETTINGS',
            'NETWORKS', 'EvaluateConfig', 'makes_images', 'find_checkpoints', 'home_of', 'Subject', 'open_subject',
-           'used_alpha', 'check_fits', 'gather_moments', 'Sampled', 'sample_stats', 'Reference', 'reference_of',
-           'baselines', 'sample_diversity', 'lpips_network', 'lpips_diversity', 'load_clip', 'clip_score',
-           'class_captions', 'scores', 'read_rows', 'same_settings', 'find_row', 'write_row', 'distance_of',
-           'times_floor', 'best_row', 'distance_vs_step', 'score_table', 'neighbours_grid', 'pass_for_real',
-           'baseline_dots', 'guidance_curves', 'own_judge', 'Evaluation', 'Evaluator', 'preview', 'evaluate',
-           'own_alpha', 'run_checkpoint', 'judge_for', 'stats_of']
+           'still_there', 'used_alpha', 'check_fits', 'gather_moments', 'Sampled', 'sample_stats', 'Reference',
+           'reference_of', 'baselines', 'sample_diversity', 'lpips_network', 'lpips_diversity', 'load_clip',
+           'clip_score', 'class_captions', 'scores', 'read_rows', 'same_settings', 'find_row', 'write_row',
+           'distance_of', 'times_floor', 'best_row', 'distance_vs_step', 'score_table', 'neighbours_grid',
+           'pass_for_real', 'baseline_dots', 'guidance_curves', 'own_judge', 'Evaluation', 'Evaluator', 'preview',
+           'evaluate', 'own_alpha', 'run_checkpoint', 'judge_for', 'size_for', 'stats_of']
 
 # %% ../nbs/14_evaluate.ipynb #c005
 MEASURES = ("kid", "prdc", "infinity", "clip", "lpips")
@@ -81,10 +81,16 @@ def _newest_generator() -> Path:
     raise LabError(f"no finished run of a generator in {runs_folder()}; train one, or give checkpoint= (a .pt file, a run or a folder)")
 
 def _unique(files: list[Path]) -> list[Path]:
-    "Names of one file count once; its step's name goes before others."
-    found = {}
-    for path in sorted(files, key=lambda p: (not p.name.startswith("step_"), p.name)): found.setdefault((path.stat().st_dev, path.stat().st_ino), path)
-    return list(found.values())
+    "Names of one file count once, and so do its copies; its step's name goes before others."
+    found = []
+    for path in sorted(files, key=lambda p: (not p.name.startswith("step_"), p.name)):
+        if not any(path.samefile(p) or filecmp.cmp(path, p, shallow=False) for p in found): found.append(path)
+    return found
+
+def _with_best(files: list[Path], best: Path) -> list[Path]:
+    "The best one too, where none of these is as old."
+    if not best.exists() or load_checkpoint(best)["step"] in [load_checkpoint(p)["step"] for p in files]: return files
+    return [best, *files]
 
 def find_checkpoints(checkpoint: str = "", # a .pt file, a run's folder or name, a folder of .pt files; "" is the newest finished run of a generator
                     ) -> list[Path]:
@@ -96,7 +102,7 @@ def find_checkpoints(checkpoint: str = "", # a .pt file, a run's folder or name,
     if path.is_file(): return [path]
     if not (path / "config.json").exists(): found = _unique(list(path.glob("*.pt")))
     elif numbered := sorted((path / "checkpoints").glob("step_*.pt")): found = [p for p in _unique([*numbered, *(path / "checkpoints").glob("best.pt")]) if p.name == "best.pt"] + numbered
-    else: found = [p for p in (path / "final_model.pt", path / "checkpoints" / "last.pt") if p.exists()][:1]
+    else: found = _with_best([p for p in (path / "final_model.pt", path / "checkpoints" / "last.pt") if p.exists()][:1], path / "checkpoints" / "best.pt")
     if not found: raise LabError(f"{path} holds no checkpoints (.pt); train first, or give another folder")
     return found
 
@@ -137,6 +143,13 @@ def open_subject(path: Path, ema: bool = True, device="cpu") -> Subject:
     if only_averaged and not ema: raise LabError(f"ema=False, but {path} keeps the averaged weights only; give one of the files in {path.parent / 'checkpoints'}")
     model = model.eval().requires_grad_(False).to(device)
     return Subject(path, model, weights_sha256(model, (), ()), only_averaged or ema and c["ema"] is not None, c["step"], c["epoch"], c["config"], c["metrics"] or {}, dict(factory=c["factory"], kwargs=c["kwargs"]))
+
+def still_there(path: Path, ema: bool = True, device="cpu") -> Subject | None:
+    "A checkpoint; None where training has removed it since it was found."
+    try: return open_subject(path, ema, device)
+    except LabError:
+        if path.exists(): raise
+        print(f"{path.name}: gone, the run keeps newer ones", flush=True)
 
 def used_alpha(model: nn.Module, alpha: float) -> float:
     "The guidance strength that is used: a generator without guidance has its own."
@@ -237,7 +250,9 @@ def sample_stats(model: nn.Module,
     continued, kept, seen = m.n, len(m.kept), len(first)
     for count, b in enumerate(batches[done:], done + 1):
         end = min(n, (b + 1) * batch_size)
-        images = to_uint8(next(iter(draw(None if labels is None else labels[:end], end, alpha, seed, batch_size, b * batch_size))).clamp(-1, 1), "signed")
+        images = next(iter(draw(None if labels is None else labels[:end], end, alpha, seed, batch_size, b * batch_size)))
+        try: images = to_uint8(images.clamp(-1, 1), "signed")
+        except LabError: raise LabError("it makes images that are not finite; its weights are no use") from None
         m.add(judge(images))
         if (rest := KEPT - b * batch_size) > 0: first.append((b * batch_size, images[:rest].cpu()))
         if see: see(b * batch_size, images)
@@ -378,13 +393,15 @@ class _Notes(list):
 def _rows_of(features: Tensor, n: int) -> Tensor:
     return features if len(features) <= n else features[torch.randperm(len(features), generator=generator(0, 81))[:n]]
 
-def _measured_beside(words: list, real: Stats, s: Sampled, ref: Reference, cfg: EvaluateConfig, notes: _Notes, networks: dict) -> dict:
-    "The metrics that are asked for by name."
-    judge, fake, found = ref.judge, s.stats, {}
+def _measured_beside(words: list, real: Stats, s: Sampled, ref: Reference, cfg: EvaluateConfig, notes: _Notes, networks: dict, keep: Callable) -> dict:
+    "The metrics that are asked for by name; `keep` remembers what real images have between them."
+    judge, fake, found = ref.judge, replace(s.stats, labels=s.labels), {}
     def neighbours():
         if real.features is None: raise LabError("precision, recall, density and coverage need features of the reference; make it with dkd reference without --no-features, or leave prdc out")
         return prdc(*(_rows_of(f, PRDC_IMAGES).to(fake.mu.device) for f in (real.features, fake.features)))
-    if "kid" in words and (k := notes.attempt(lambda: kid(real, fake, judge, floor=False), None)): found |= {slug(k.metric): k.value, "kid_std": k.std, "kid_error": k.error}
+    if "kid" in words and (k := notes.attempt(lambda: kid(real, fake, judge, floor=False), None)):
+        found |= {slug(k.metric): k.value, "kid_std": k.std, "kid_error": k.error}
+        if real.features is not None: found["kid_floor"] = keep("kid", lambda: kid(real, fake, judge, seed=cfg.seed).floor)
     if "prdc" in words and (p := notes.attempt(neighbours, None)): found |= p._asdict()
     if "infinity" in words: found["fd_infinity"] = notes.attempt(lambda: fd_infinity(real, fake.features.to(fake.mu.device)).value)
     labels = None if s.labels is None else s.labels[:len(s.images)]
@@ -413,7 +430,7 @@ def scores(s: Sampled, ref: Reference, cfg: EvaluateConfig, words: list = (), re
         write_json(ref.path, ref.facts)
     found = {slug(score.metric): score.value, "floor": math.nan if score.floor is None else score.floor, "floor_std": score.floor_std, "floor_n": score.floor_n, "floor_by_class": score.by_class, "distance_at_floor_n": math.nan if score.at_floor_n is None else score.at_floor_n,
              "to_train": ref.train.distance(fake), "to_test": ref.test.distance(fake), "train_to_test": ref.train.distance(ref.test), "nearest_ratio": notes.attempt(lambda: nearest_ratio(features, ref.train.features, ref.test.features))}
-    found |= _measured_beside(words, real, s, ref, cfg, notes, networks)
+    found |= _measured_beside(words, real, s, ref, cfg, notes, networks, lambda name, compute: keep(f"{name} {key}", compute))
     found |= dict(sample_diversity=notes.attempt(lambda: sample_diversity(s.images, None if s.labels is None else s.labels[:len(s.images)])), feature_diversity=notes.attempt(lambda: feature_diversity(features, s.labels)))
     labels = s.labels if s.labels is not None else labels_like(getattr(ref.data, cfg.dataset_split).labels, fake.n, cfg.seed)
     found |= {f"baseline_{k}": v for k, v in notes.attempt(lambda: keep(f"baselines {key}", lambda: baselines(ref, real, labels, cfg.seed)), {}).items()}
@@ -425,7 +442,7 @@ def scores(s: Sampled, ref: Reference, cfg: EvaluateConfig, words: list = (), re
 
 # %% ../nbs/14_evaluate.ipynb #c033
 HEAD = "checkpoint checkpoint_name dataset epoch step num_samples batch_size alpha seed eval_seconds extractor mode fid".split()
-MIDDLE = ("kid kid_std kid_error floor floor_std floor_n floor_by_class distance_at_floor_n to_train to_test train_to_test fd_infinity precision recall density coverage prompt_accuracy variance_ratio variance_of_test nearest_ratio baseline_class_means baseline_class_gaussians "
+MIDDLE = ("kid kid_std kid_error kid_floor floor floor_std floor_n floor_by_class distance_at_floor_n to_train to_test train_to_test fd_infinity precision recall density coverage prompt_accuracy variance_ratio variance_of_test nearest_ratio baseline_class_means baseline_class_gaussians "
           "sample_diversity feature_diversity lpips_diversity clip_score clip_model judge_sha256 dataset_split reference reference_sha256 ema model_sha256 metrics artifact").split()
 CONTEXT = "loss drift_norm grad_norm feature_dist_mean feature_dist_var avg_loss avg_drift_norm".split()
 SETTINGS = "dataset num_samples alpha seed extractor mode judge_sha256 dataset_split reference reference_sha256 ema".split()  # numbers compare where these agree
@@ -459,7 +476,10 @@ def _alike(a, b) -> bool:
     with contextlib.suppress(ValueError): return a == b or float(a) == float(b)
     return False
 
-def same_settings(a: dict, b: dict, names: list = SETTINGS) -> bool: return all(_alike(a.get(k), b.get(k)) for k in names)
+def same_settings(a: dict, b: dict, names: list = SETTINGS) -> bool:
+    "Do these agree? A judge is its sha256, whatever its folder is called; its name counts where that is not known."
+    hashed = all(_cell(row.get("judge_sha256")) != "nan" for row in (a, b))
+    return all(_alike(a.get(k), b.get(k)) for k in names if not (hashed and k == "extractor"))
 
 def find_row(rows: list[dict], row: dict) -> dict | None:
     "The row of this checkpoint and these settings."
@@ -636,6 +656,7 @@ class Evaluation:
     folder: Path                                     # eval/
     rows: list                                       # of these checkpoints and settings, as text
     new: list = field(default_factory=list)          # names of the checkpoints that were evaluated now
+    failed: list = field(default_factory=list)       # what was wrong with those that could not be
     artifacts: list = field(default_factory=list)    # folders of the checkpoints
 
     @property
@@ -651,19 +672,27 @@ class Evaluator:
             self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
             torch.cuda.set_device(self.device)
         seed_everything(cfg.seed)
-        self.paths = find_checkpoints(cfg.checkpoint)
-        self.folder = home_of(self.paths[0]) / "eval"
+        self.paths, kinds = [], {}
+        for path in find_checkpoints(cfg.checkpoint):
+            if (subject := still_there(path, cfg.ema)) is None: continue
+            if not self.paths: self._open(subject)
+            check_fits(subject, self.data)
+            kinds.setdefault((used_alpha(subject.model, cfg.alpha), subject.ema), subject.name)
+            self.paths.append(path)
+        if not self.paths: raise LabError(f"nothing is left of the checkpoints of {cfg.checkpoint}; look at them when training has ended")
+        if len(kinds) > 1:
+            told = [f"{name} (guidance {alpha:g}, {'averaged' if ema else 'not averaged'})" for (alpha, ema), name in kinds.items()]
+            raise LabError(f"these checkpoints do not compare: {', '.join(told)}; evaluate each kind by itself, or with alpha=1 or ema=False what differs in that alone")
+        self._judge()
+        writable_folder(self.folder)
+
+    def _open(self, first: Subject) -> None:
+        cfg, self.first, self.folder = self.cfg, first, first.home / "eval"
         self.table = self.folder / "fid_metrics.csv"
-        self.first = first = open_subject(self.paths[0], cfg.ema)
         name = cfg.dataset or first.config.get("dataset", "")
         if not name: raise LabError(f"{first.path} does not say which data it was trained on; give dataset=")
         self.data = load_dataset(name, cfg.data_root or first.config.get("data_root", ""), first.config.get("image_size", 0), val_fraction=0)
         use_threads(cfg.threads, self.data.image_size)
-        for i, path in enumerate(self.paths):
-            subject = open_subject(path, cfg.ema) if i else first
-            check_fits(subject, self.data)
-            used_alpha(subject.model, cfg.alpha)
-        self._judge()
 
     def _judge(self) -> None:
         cfg = self.cfg
@@ -788,7 +817,7 @@ def _plan(e: Evaluator, subject: Subject, row: dict) -> tuple:
     words, same = split_words(e.cfg.metrics), bool(old) and old.get("model_sha256") == subject.sha256
     before = split_words(old.get("metrics", "")) if same else []
     if old and old.get("clip_model", e.cfg.clip_model) not in (e.cfg.clip_model, "nan", ""): before = [w for w in before if w != "clip" or "clip" not in words]  # another CLIP measures again
-    artifact = _claim(e.folder, f"{subject.path.stem}_step{subject.step}", e.settings(subject))
+    artifact = e.folder / old["artifact"] if same and old.get("artifact") and (e.folder / old["artifact"]).is_dir() else _claim(e.folder, f"{subject.path.stem}_step{subject.step}", e.settings(subject))
     handle = try_lock(artifact / ".lock")
     if same and e.cfg.skip_existing and set(words) <= set(before) and _complete(artifact, e.cfg):
         if handle:
@@ -805,16 +834,18 @@ def evaluate(cfg: EvaluateConfig) -> Evaluation:
     "Score checkpoints; what is in the table already is left out, what was killed continues, and the caller's random state and threads stay as they were."
     threads = torch.get_num_threads()
     try:
-        with undisturbed(nn.Identity()): return _evaluate(cfg)
+        with undisturbed(nn.Identity()), same_determinism(): return _evaluate(cfg)
     finally: torch.set_num_threads(threads)
 
 def _evaluate(cfg: EvaluateConfig) -> Evaluation:
     e = Evaluator(cfg)
-    told, result = _Told(cfg, e.folder.parent), Evaluation(e.folder, [])
+    told, result, kinds = _Told(cfg, e.folder.parent), Evaluation(e.folder, []), []
     try:
         for path in e.paths:
-            subject = open_subject(path, cfg.ema, e.device)
+            subject = still_there(path, cfg.ema, e.device)
+            if any(_gathered(subject is None, e.world)): continue
             row = e.row(subject)
+            kinds.append(dict(row))
             plan = _plan(e, subject, row) if e.rank == 0 else ()
             why, words, artifact = _gathered(plan[:3], e.world)[0]
             if row["alpha"] != cfg.alpha and e.rank == 0: print(f"{subject.name}: a generator without guidance, so alpha is {row['alpha']:g}, not {cfg.alpha:g}")
@@ -828,12 +859,18 @@ def _evaluate(cfg: EvaluateConfig) -> Evaluation:
                     if e.rank == 0: _one(e, subject, row, words, artifact, told, s)
                 except Exception as error: failure = error
                 if why := _gathered(failure and f"{type(failure).__name__}: {failure}", e.world)[0]: raise failure or LabError(f"the first process failed ({why}); see what it says")  # nobody waits for it
+            except LabError as error:
+                if e.world > 1: raise  # the others may have another opinion
+                result.failed.append(f"{subject.name}: {error}")
+                print(result.failed[-1], flush=True)
+                continue
             finally:
                 if e.rank == 0: plan[3].close()
             result.new.append(subject.name)
             result.artifacts.append(artifact)
-        rows, kinds = read_rows(e.table), [e.row(open_subject(p, cfg.ema)) for p in e.paths]
+        rows = read_rows(e.table)
         result.rows = [r for k in kinds if (r := find_row(rows, k))]
+        if result.failed and not result.rows: raise LabError("; ".join(result.failed))
         if e.rank == 0:
             with contextlib.suppress(LabError): _draw_table(e.table)  # an old table may have no distance
         best = result.best
@@ -869,15 +906,22 @@ def judge_for(sources: list[str], extractor: str = "", mode: str = "", device="a
         if extractor: break
     return as_extractor(extractor or "inception", mode, device)
 
+def size_for(sources: list[str]) -> int:
+    "The image size that a run among the sources was trained at; 0 is the data's own."
+    paths = (run_checkpoint(text) for text in sources if not _dataset_split(text))
+    return next((size for p in paths if p and (size := load_checkpoint(p)["config"].get("image_size", 0))), 0)
+
 def stats_of(text: str,            # digits:test, a run, a .pt file, a folder, .zip, .npz or .npy
              judge: Extractor,
              n: int = 0,           # how many images; 0 is all, of a generator 10,000
              alpha: float = 0.,    # guidance of a generator; 0 is its run's own
              seed: int = 42, batch_size: int = 256, data_root: str = "",
              dataset: str = "",    # whose classes a generator is asked for, where its run does not say
+             image_size: int = 0,  # of a data set's images; 0 is its own
             ) -> Stats:
     "What a judge sees in whatever a name means; with features, where there are images."
-    if found := _dataset_split(text): text = getattr(load_dataset(found[0], data_root, val_fraction=0), found[1])
+    if n and n < 2: raise LabError(f"n={n}: expected at least two images, or 0 for all")
+    if found := _dataset_split(text): text = getattr(load_dataset(found[0], data_root, image_size, val_fraction=0), found[1])
     if found or not (path := run_checkpoint(text)): return reference_stats(text, judge, n, batch_size, seed, keep=True)
     subject = open_subject(path, device=judge.device)
     name = subject.config.get("dataset", "") or dataset

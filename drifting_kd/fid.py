@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from .core import LabError, atomic_write, choose_device, generator, import_torchvision, read_json, unknown
 from .data import Dataset, Split, load_array, stratified
-from .models import Frozen, frozen, weights_sha256
+from .models import Frozen, checkpoint_file, frozen, weights_sha256
 
 # %% auto #0
-__all__ = ['SCALES', 'MODES', 'SIDE', 'SHIPPED', 'STANDS_IN', 'WEIGHTS', 'EXTENSIONS', 'KEYS', 'to_uint8', 'to_rgb',
+__all__ = ['SCALES', 'MODES', 'SIDE', 'SHIPPED', 'RESERVED', 'STANDS_IN', 'WEIGHTS', 'EXTENSIONS', 'KEYS', 'to_uint8', 'to_rgb',
            'bicubic_weights', 'bicubic', 'resize_for', 'Moments', 'covariance_half', 'frechet_distance', 'Stats',
            'load_stats', 'Kid', 'mmd', 'mmd_error', 'kernel_distance', 'Infinity', 'fd_infinity', 'Prdc', 'nearest',
            'prdc', 'variance_ratio', 'class_means', 'class_gaussians', 'nearest_ratio', 'random_pairs',
@@ -240,9 +240,11 @@ def _judge(source) -> dict:
     return dict(extractor=name, sha256=source.sha256, mode=source.mode)
 
 def _same_judge(a, b) -> None:
-    "Numbers of two judges do not compare; what is unknown is taken on trust."
+    "Numbers of two judges do not compare: sha256 tells them apart, where it is not known the name; what is unknown is taken on trust."
     if a.dims != b.dims: raise LabError(f"statistics of {a.dims} and of {b.dims} dimensions do not compare; use one judge for both")
-    for key, x in _judge(a).items():
+    known = _judge(a)
+    if a.sha256 and b.sha256: known.pop("extractor")  # the same weights, whatever their folder is called
+    for key, x in known.items():
         if x and (y := _judge(b)[key]) and x != y: raise LabError(f"statistics of another {key} ({x[:60]!r} and {y[:60]!r}) do not compare; make them again with one judge")
 
 # %% ../nbs/06_fid.ipynb #c022
@@ -535,13 +537,24 @@ def prompt_accuracy(judge: Extractor, seen: Tensor, labels: Tensor) -> float: # 
     return (logits.argmax(1).cpu() == labels.cpu()).double().mean().item()
 
 # %% ../nbs/06_fid.ipynb #c048
+RESERVED = ("inception", "dinov2", "random") # what is published under these names, no classifier of ours is
+
+def _frozen_judge(source, device) -> Frozen:
+    "Of a run of evaluators.ipynb the weights that it has tested, its best-validation ones; of any other the last."
+    if not isinstance(source, (str, Path)): return frozen(source, device)
+    packed = (file := checkpoint_file(source)).with_name("judge.pt")
+    if file.name != "final_model.pt" or not packed.exists(): return frozen(file, device)
+    net = frozen(packed, device)
+    net.name = packed.parent.name
+    return net
+
 def judge(source, device="cpu") -> Extractor: # what `models.frozen` makes or takes: a run, its name, a checkpoint file
     "The features before the head of a frozen classifier; it bears a shipped judge's name only if it is that judge."
-    if not isinstance(source, Frozen): source = frozen(source, device)
+    if not isinstance(source, Frozen): source = _frozen_judge(source, device)
     if source.dtype != torch.float32: raise LabError(f"{source.name} is in {source.dtype}; a judge's numbers need fp32")
     head = getattr(source.model, "head", None)
     if not isinstance(head, nn.Linear): raise LabError(f"{source.name} has no linear head, so no features before it; use one of models.list_models()")
-    named = _shipped_rows().get(source.name, {}).get("sha256", source.sha256) == source.sha256
+    named = source.name not in RESERVED and _shipped_rows().get(source.name, {}).get("sha256", source.sha256) == source.sha256
     return Extractor(source.name if named else f"{source.name}-{source.sha256[:8]}", head.in_features, source.sha256, source.features, "", len(source.mean), source.image_size or 0, source.device, head)
 
 # %% ../nbs/06_fid.ipynb #c051
@@ -687,7 +700,7 @@ def _open(source, scale: str) -> tuple[int, Callable]:
         path = Path(source)
         if not path.exists(): raise LabError(f"{path} does not exist; give a folder or zip of images, a .npz, a run, or a data set's split such as digits:test")
         if path.is_dir(): files = _Files(sorted(p for p in path.rglob("*") if _shown(p.relative_to(path))), lambda p: p.read_bytes(), path)
-        elif path.suffix == ".zip":
+        elif path.suffix.lower() == ".zip":
             try: archive = zipfile.ZipFile(path)
             except (zipfile.BadZipFile, OSError) as e: raise LabError(f"{path} is not a zip file that can be read ({e}); make it again") from None
             files = _Files(sorted(n for n in archive.namelist() if _shown(n)), archive.read, path)
@@ -714,7 +727,7 @@ def images_of(source,               # tensor, array, Split, folder, .zip, .npz, 
     "The images of any source, in batches."
     if batch_size < 1 or n < 0: raise LabError(f"n={n}, batch_size={batch_size}: expected at least 0 and 1")
     if callable(source):
-        if not n: raise LabError("a sampler makes as many images as it is told: give n")
+        if not n: raise LabError("a sampler makes as many images as it is told: give n (which counts the fakes; of real images a sampler cannot be the source)")
         for i, start in enumerate(range(0, n, batch_size)):
             size = min(batch_size, n - start)
             with torch.no_grad(): made = _as_tensor(source(size, generator(seed, i)))
@@ -791,10 +804,11 @@ class Score:
 
     def __str__(self) -> str:
         error = f" ± {self.error:.2g}" if self.error is not None else ""
-        floor = f"real against real{' with equal shares of classes' if self.by_class else ''} {self.floor:.4g}{f' ± {self.floor_std:.2g}' if self.floor_std else ''} at n={self.floor_n:,}{f'; {self.at_floor_n:.4g} for that many of these' if self.at_floor_n is not None else ''}" if self.floor is not None else "no floor"
+        if self.floor is None: floor = "no floor"
+        else: floor = f"real against real {self.floor:.4g}{f' ± {self.floor_std:.2g}' if self.floor_std else ''} (n={self.floor_n:,}{', equal shares of classes' if self.by_class else ''}){f'; these at that n {self.at_floor_n:.4g}' if self.at_floor_n is not None else ''}"
         judge = f"{self.extractor}{', ' + self.mode if self.mode else ''}, {self.dims} dimensions, sha256 {self.sha256[:12]}"
         against = _count(self.n_real).removesuffix(" of")
-        return "\n".join([f"{self.metric} {self.value:.4g}{error} ({floor}); n={self.n_fake:,} against {against}; {judge}", *(f"  warning: {w}" for w in self.warnings)])
+        return "\n".join([f"{self.metric} {self.value:.4g}{error} (n={self.n_fake:,} against {against}; {judge})", f"  {floor}", *(f"  warning: {w}" for w in self.warnings)])
 
 # %% ../nbs/06_fid.ipynb #c076
 def _halves(real: Stats, n: int, seed: int, division: int, by_class: bool) -> tuple[Stats, Stats]:

@@ -8,7 +8,7 @@ import fnmatch, functools, itertools, json, math, zipfile
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np
-from .core import Config, LabError, Parameters, check_run_name, git_state, param, project_root, read_json, read_metrics, run_state, runs_folder, split_words, unknown, write_json
+from .core import Config, LabError, Parameters, check_run_name, git_state, param, project_root, read_json, read_metrics, run_state, runs_folder, split_words, unknown, writable_folder, write_json
 from .plots import direction_of, first_reach, metric_words, overlapping, save_figure, t_interval
 
 # %% auto #0
@@ -336,7 +336,7 @@ def write_report(stem: str | Path, # folder and name without an ending; a plain 
     stem = Path(stem) if Path(stem).parent != Path(".") else project_root() / "figures" / stem
     runs = [dict(group=label, name=r.name, kind=r.config.get("kind"), seed=r.seed, hash=r.config.get("hash"), data_sha256=r.data.get("sha256"), splits_hash=r.data.get("hash")) for label, rs in groups.items() for r in rs]
     drawn = {name: stem.with_name(f"{stem.name}_{name}.png") for name in figures}
-    stem.parent.mkdir(parents=True, exist_ok=True)
+    writable_folder(stem.parent)
     for name, path in drawn.items(): save_figure(figures[name], path)
     rows = {name: table.to_dict("records") for name, table in tables.items()}
     target = stem.with_name(f"{stem.name}.json")
