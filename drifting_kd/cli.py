@@ -229,7 +229,7 @@ def evaluate_command(args) -> int:
     from drifting_kd.models import load_checkpoint
     file = student_file(args.source)
     print(f"{_show(file)}, step {load_checkpoint(file)['step']:,}")
-    for name, value in evaluate_student(file, args.split, args.teachers, args.device, args.tracker).items(): print(f"{name:24} {value:.4f}")
+    for name, value in evaluate_student(file, args.split, args.teachers, args.device, args.tracker, args.data_root).items(): print(f"{name:24} {value:.4f}")
     return 0
 
 def reference_command(args) -> int:
@@ -287,6 +287,7 @@ def parser() -> argparse.ArgumentParser:
     p.add_argument("source", metavar="RUN", help="a run, its folder, a checkpoint file or an artifact such as model-RUN:best")
     p.add_argument("--split", choices=("val", "test"), default="test")
     p.add_argument("--teachers", default="", help="to agree with, in words (default: those that it learnt from)")
+    p.add_argument("--data-root", default="", metavar="FOLDER", help="where its data are now (default: where they were)")
     p.add_argument("--tracker", default="none", help="wandb, trackio or mlflow: a tracker run of its own")
     p.add_argument("--device", default="cpu")
     p.set_defaults(do=evaluate_command)

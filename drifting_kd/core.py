@@ -360,7 +360,7 @@ def try_lock(path: Path, mode: str = "a+"):
 def locked(path: Path,           # a file for the lock; its folder is made
           seconds: float = 60): # to wait for others
     "Within the block no other process is in it."
-    path.parent.mkdir(parents=True, exist_ok=True)
+    writable_folder(path.parent)
     end = time.monotonic() + seconds
     while (handle := try_lock(path)) is None:
         if time.monotonic() > end: raise LabError(f"{path} is held by another process for {seconds:g} s; stop it")
@@ -435,7 +435,9 @@ def _create(self: Run, folder: Path) -> Path:
     for i in range(1, 10_000):
         path = folder / (base if i == 1 else f"{base}-{i}")
         try: path.mkdir()
-        except FileExistsError: continue
+        except FileExistsError:
+            if c.resume and c.run_name: return self._find(folder)  # another start has made it this very moment
+            continue
         if i > 1 and c.run_name: print(f"runs/{base} is there ({run_state(folder / base)}{'; resume=True would continue it' if run_state(folder / base) == 'stopped' else ''}), so this run is {path.name}")
         return path
     raise LabError(f"10,000 runs are called {base}; choose another run_name")

@@ -578,7 +578,10 @@ def _npz(name: str, path: Path) -> Raw:
     arrays = load_array(path)
     if not isinstance(arrays, dict) or (missing := {"x_train", "y_train", "x_test", "y_test"} - set(arrays)):
         raise LabError(f"{path}: {'no ' + ', '.join(sorted(missing)) if isinstance(arrays, dict) else 'a single array'}; expected a .npz with x_train, y_train, x_test, y_test")
-    classes, source, licence = KNOWN.get(name, ([str(c) for c in arrays.get("classes", [])], path.name, "as its owner says"))
+    names = arrays.get("classes", np.array([], dtype="U1"))
+    if names.ndim != 1: raise LabError(f"{path}: classes {list(names.shape)}: expected a name for each class, in one row")
+    names = [c.decode("utf-8", "replace") if isinstance(c, bytes) else str(c) for c in names.tolist()]
+    classes, source, licence = KNOWN.get(name, (names, path.name, "as its owner says"))
     return check_raw(path, *(arrays[k] for k in ("x_train", "y_train", "x_test", "y_test")), classes, source, licence)
 
 # %% ../nbs/02_data.ipynb #c045

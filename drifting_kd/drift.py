@@ -17,7 +17,7 @@ from .core import LabError, Run, generator, mix, once, param, runs_folder, seed_
 from .data import Batches, Dataset, Split, normalize, upload
 from .fid import Extractor, Stats, as_extractor, default_judge, exact_fp32, prompt_accuracy, reference_stats, to_uint8, variance_ratio
 from .generators import Generator, MaskedAutoencoder, create_generator, create_mae, labels_like, list_generators, masked_error, sample_batches
-from .models import Frozen, frozen, layer_names, pretrained
+from .models import Frozen, frozen, known_layers, layer_names, pretrained
 from .plots import COLOURS, Picture, as_array, styled, class_grid, save_figure
 from .train import Classify, FitConfig, Task, TrainConfig, classifier, fit, prepare
 
@@ -409,12 +409,6 @@ def _stages(model: nn.Module) -> list[str]:
     if "blocks" in names: return [f"blocks.{i}" for i in sorted({max(0, len(names["blocks"]) * k // 4 - 1) for k in (1, 2, 3, 4)})]
     raise LabError(f"{type(model).__name__}: no stages are known; name layers, such as {layer_names(model)[-1]!r}, with encoder_layers")
 
-def _known_layers(model: nn.Module, words: str, whose: str) -> list[str]:
-    known = set(layer_names(model))
-    for layer in (chosen := split_words(words)):
-        if layer not in known: raise unknown(f"layer of {whose}", layer, known)
-    return chosen
-
 def load_encoder(name: str,            # pixels; a run, its name or a checkpoint of a classifier or masked autoencoder; resnet18 (torchvision); dinov2 or a model of timm; resnet18=FILE with its weights
                  layers: str = "",     # words; "" is every stage
                  size: int = 0, everything: bool = True, device="cpu") -> Encoder:
@@ -424,7 +418,7 @@ def load_encoder(name: str,            # pixels; a run, its name or a checkpoint
     else:
         try: net = pretrained(name, size, device=device)
         except LabError as e: raise LabError(f"encoder={name!r} is no run in {runs_folder()} either: {e}") from None
-    return Encoder(net, _known_layers(net.model, layers, net.name) or _stages(net.model), everything)
+    return Encoder(net, known_layers(net.model, split_words(layers), net.name) or _stages(net.model), everything)
 
 # %% ../nbs/11_drift.ipynb #c073
 MAES = {"mae": dict(widths=(32, 64, 128)), "mae_wide": dict(widths=(64, 128, 256), blocks=2)}  # name -> what create_mae gets
@@ -473,7 +467,7 @@ def own_encoder(kind: str,     # of OWN_ENCODERS
     own = make(**shared, run_name=name)
     seed_everything(own.seed, own.deterministic)
     net = create_mae(data.channels, data.image_size, **MAES[kind]) if kind in MAES else classifier(own, data)
-    _known_layers(net, cfg.encoder_layers, kind)  # before hours are spent
+    known_layers(net, split_words(cfg.encoder_layers), kind)  # before hours are spent
     def train():
         own_data = prepare(own)
         task = Reconstruct(net, own_data, own) if kind in MAES else Classify(net, own_data, own)

@@ -26,9 +26,9 @@ __all__ = ['GATES', 'LOSSES', 'WEIGHTS', 'VIEWS', 'METHODS', 'FEATURE_WEIGHTS', 
            'entropy_weights', 'most_confident_weights', 'aekd_weights', 'gate_bounds', 'gate', 'gate_saturated',
            'Composition', 'composition', 'soft_weight', 'teacher_weights', 'distill_terms', 'FitNet',
            'attention_transfer', 'similarity_preserving', 'relational', 'class_groups', 'drift_term', 'Teacher',
-           'source_file', 'load_teacher', 'Teachers', 'halves', 'fold_splits', 'fit_temperature', 'log_odds',
-           'quantiles_by_class', 'transport', 'Calibration', 'plot_confidences', 'cache_bytes', 'disk_bytes',
-           'cache_facts', 'cache_folder', 'ViewCache', 'HostBatches', 'DistillConfig', 'train_teachers',
+           'source_file', 'words_of_sources', 'load_teacher', 'Teachers', 'halves', 'fold_splits', 'fit_temperature',
+           'log_odds', 'quantiles_by_class', 'transport', 'Calibration', 'plot_confidences', 'cache_bytes',
+           'disk_bytes', 'cache_facts', 'cache_folder', 'ViewCache', 'HostBatches', 'DistillConfig', 'train_teachers',
            'train_baseline', 'Distill', 'ensemble', 'plot_gates', 'student_file', 'evaluate_student']
 
 # %% ../nbs/12_kd.ipynb #c005
@@ -123,6 +123,11 @@ def _unit(x: Tensor, dim: int) -> Tensor:
     constant = length <= 4 * torch.finfo(x.dtype).eps * x.shape[dim] ** .5 * largest
     return x / torch.where(constant, torch.ones_like(length), length)
 
+def _uncorrelated(a: Tensor, b: Tensor, dim: int) -> Tensor:
+    "One less the correlation of what `_unit` gives: 1 where only one of both varies, 0 where neither does."
+    a_varies, b_varies = (torch.linalg.vector_norm(v.detach(), dim=dim) > .5 for v in (a, b))
+    return (a - b).square().sum(dim) / 2 + (a_varies != b_varies).to(a.dtype) / 2
+
 def _column_directions(z: Tensor) -> Tensor:
     log = z.log_softmax(-1)
     return _unit((log - log.detach().amax(-2, keepdim=True)).exp(), -2)
@@ -135,8 +140,8 @@ def dist_loss(student: Tensor, teacher: Tensor, labels: Tensor, T: float = 1.,
     "Distillation by correlation instead of equality."
     _check_T(T)
     s, t = student / T, teacher / T
-    rows = (_unit(s.softmax(-1), -1) - _unit(t.softmax(-1), -1)).square().sum(-1) / 2
-    columns = (_column_directions(s) - _column_directions(t)).square().sum(-2).mean(-1, keepdim=True) / 2
+    rows = _uncorrelated(_unit(s.softmax(-1), -1), _unit(t.softmax(-1), -1), -1)
+    columns = _uncorrelated(_column_directions(s), _column_directions(t), -2).mean(-1, keepdim=True)
     return beta * rows + gamma * columns
 
 # %% ../nbs/12_kd.ipynb #c028
@@ -608,7 +613,8 @@ def _from_checkpoint(file: Path, source: str, data: Dataset, device, dtype: torc
         elif names != data.classes:
             other = next(i for i, (a, b) in enumerate(zip(names, data.classes)) if a != b)
             raise LabError(f"teacher {source} has other classes than {data.name}: class {other} is {names[other]!r} there and {data.classes[other]!r} here; give a teacher of the same classes in the same order")
-    if task.get("data_sha256") != data.sha256 and c.get("dataset") != data.name: teacher.notes.append(f"trained on {c.get('dataset') or 'other data'}; whether that holds images of {data.name} is not known")
+    if task.get("data_sha256") != data.sha256 and (c.get("dataset"), size) == (data.name, data.image_size): teacher.notes.append(f"trained on other images called {data.name}; whether images of these are among them is not known")
+    elif task.get("data_sha256") != data.sha256 and c.get("dataset") != data.name: teacher.notes.append(f"trained on {c.get('dataset') or 'other data'}; whether that holds images of {data.name} is not known")
     elif (seen := _split_of(file, checkpoint)) is None: teacher.notes.append("its training images are not known")
     else: teacher.seen, teacher.split = seen, f"val_fraction {c.get('val_fraction')}, split_seed {c.get('split_seed')}"
     if file.stem == "best" and teacher.seen is not None: teacher.notes.append("its epoch was chosen on validation images, so its calibration flatters it")
@@ -619,6 +625,10 @@ def source_file(source) -> Path | None: # None: it is none of these
     "The checkpoint that a run, a folder, a file or an artifact of the tracker means; a run means the weights after its last step."
     if Path(source).exists() or (runs_folder() / source).exists(): return checkpoint_file(source)
     if re.fullmatch(r"(\S+/)?model-[^/:]+(:[^/:]+)?", str(source)): return resolve_artifact(str(source))
+
+def words_of_sources(text: str) -> list[str]:
+    "Sources in words; a path with blanks is one source."
+    return [text.strip()] if text.strip() and source_file(text.strip()) else split_words(text)
 
 def load_teacher(source,         # a run folder, run name, checkpoint file, artifact, published name (or name=file), or what `frozen` returns
                  data: Dataset,  # the student's
@@ -650,7 +660,7 @@ class Teachers:
                  data: Dataset,  # the student's
                  device="cpu",
                  dtype: torch.dtype = torch.float32): # bfloat16 for speed
-        found = sources if isinstance(sources, (list, tuple)) else split_words(sources)
+        found = sources if isinstance(sources, (list, tuple)) else words_of_sources(sources)
         if not found: raise LabError("no teachers; give run names, checkpoint files, artifacts or published networks")
         self.data, self.device, self.caches, self.calibration = data, torch.device(device), [], None
         self.all = [load_teacher(s, data, device, dtype) for s in found]
@@ -706,7 +716,7 @@ def fit_temperature(logits: Tensor, # [N, C] of images that the teacher has not 
     z = z - z.max(1, keepdim=True).values
     right = z.gather(1, y[:, None]).mean()
     def slope(log_beta: float) -> float: return float((torch.softmax(z * math.exp(log_beta), 1) * z).sum(1).mean() - right)
-    low, high = -math.log(20), math.log(20)
+    low, high = -math.log(1e4), math.log(20)  # heads that scale cosines are sure beyond all measure
     return math.exp(-brentq(slope, low, high, xtol=1e-10)) if slope(low) < 0 < slope(high) else 1.0
 
 # %% ../nbs/12_kd.ipynb #c106
@@ -839,7 +849,7 @@ def cache_bytes(images: int, views: int, classes: int,
 
 def disk_bytes(folder: Path) -> int:
     "What a folder's files take, holes left out."
-    return sum(f.stat().st_blocks * 512 for f in folder.glob("*"))
+    return sum(getattr(s, "st_blocks", -(-s.st_size // 512)) * 512 for s in (f.stat() for f in folder.glob("*")))  # Windows counts no blocks
 
 def cache_facts(teacher: Teacher, data: Dataset) -> dict:
     "All that decides what is in a cache."
@@ -1009,7 +1019,7 @@ class HostBatches(Batches):
 
 # %% ../nbs/12_kd.ipynb #c134
 from .core import Run, launched, param
-from .models import activations
+from .models import activations, known_layers
 from .train import Classify, TrainConfig, classification_metrics, classifier, fit, normalize, prepare, undisturbed
 
 # %% ../nbs/12_kd.ipynb #c135
@@ -1096,8 +1106,12 @@ _RECIPE = ("dataset", "data_root", "image_size", "limit", "val_fraction", "split
 def train_teachers(cfg: DistillConfig, data: Dataset) -> list[str]: # the names of their runs
     "Train the teachers of a configuration, unless their runs are there."
     names, models, folded = [], split_words(cfg.teacher_models), cfg.confidences == "folds"
-    for seed, model in enumerate(models, 1):
-        own = TrainConfig(**{k: getattr(cfg, k) for k in _RECIPE}, model=model, seed=seed, epochs=cfg.teacher_epochs, eval_every=cfg.teacher_epochs, save_every=max(1, cfg.teacher_epochs // 10), tracker="none", resume=True)
+    epoch_steps, total = cfg.length(cfg.batches(len(data.train)))
+    warmup = int(cfg.warmup * cfg.teacher_epochs * epoch_steps / total)  # the same share of the training
+    owns = [TrainConfig(**{k: getattr(cfg, k) for k in _RECIPE} | dict(warmup=warmup), model=model, seed=seed, epochs=cfg.teacher_epochs, eval_every=cfg.teacher_epochs, save_every=max(1, cfg.teacher_epochs // 10), tracker="none", resume=True) for seed, model in enumerate(models, 1)]
+    with undisturbed(nn.Identity()):
+        for own in owns: classifier(own, data)  # a wrong name or size is refused before the first one is trained
+    for seed, (model, own) in enumerate(zip(models, owns), 1):
         own.run_name = f"teacher-{own.dataset}-{model}-s{seed}{f'-without{seed}of{len(models)}' if folded else ''}-{own.hash()[:8]}-{data.sha256[:8]}"
         def make():
             fresh = prepare(own)
@@ -1133,10 +1147,13 @@ class Distill(Classify):
         if self.feature == "drift" and cfg.batch_size < 2 * data.num_classes:
             raise LabError(f"feature='drift': a batch of {cfg.batch_size} has fewer than two images of each of {data.num_classes} classes; use feature='drift_batch', whose negatives are the whole batch, or batch_size={2 * data.num_classes}")
         if self.method.loss:
-            self.sources = split_words(cfg.teachers) or train_teachers(cfg, data)
-            self.teachers = self.load_teachers("cpu")
             mine, theirs = cfg.layers()
+            known_layers(model, mine, "student")
+            self.sources = words_of_sources(cfg.teachers) or train_teachers(cfg, data)
+            self.teachers = self.load_teachers("cpu")
+            for t in self.teachers: known_layers(t.net.model, theirs, f"teacher {t.name}")
             if cfg.feature: self.layers = mine or _last_stage(model, "student"), [theirs or _last_stage(t.net.model, f"teacher {t.name}") for t in self.teachers]
+            if cfg.feature: self.try_feature()
 
     def load_teachers(self, device) -> Teachers:
         return Teachers(self.sources, self.data, device, torch.bfloat16 if self.cfg.precision == "bf16" else torch.float32)
@@ -1215,6 +1232,17 @@ def feature_loss(self: Distill, inside: dict, taught: list, labels: Tensor) -> T
             elif kind == "similarity": terms.append(similarity_preserving(s, t))
             else: terms.append(relational(_pooled(s), _pooled(t)))
     return torch.stack(terms).mean()
+
+@patch
+@torch.no_grad()
+def try_feature(self: Distill) -> None:
+    "The feature term of two images, before anything is written: does it fit these layers?"
+    self.device = torch.device("cpu")
+    shape = 2, self.data.channels, self.data.image_size, self.data.image_size
+    x = torch.randint(0, 256, shape, dtype=torch.uint8, generator=generator(0))
+    if self.feature in ("fitnet", "drift", "drift_batch"): self.make_regressors()
+    with undisturbed(self.model), activations(self.model, self.layers[0]) as inside: self.model(normalize(x, self.data.mean, self.data.std))
+    self.feature_loss(dict(inside), self.ask(Batch(x, torch.zeros(2, dtype=torch.long), None, None))[1], torch.zeros(2, dtype=torch.long))
 
 @patch
 def make_regressors(self: Distill) -> None:
@@ -1310,6 +1338,7 @@ def evaluate_student(source,               # run name, run folder, checkpoint fi
                      teachers: str = "",   # to agree with; empty: those that the checkpoint names
                      device: str = "cpu",
                      tracker: str = "none", # wandb, trackio, mlflow: a tracker run of its own
+                     data_root: str = "",   # folder with the data; empty is the run's
                     ) -> dict:
     "Accuracy, loss, AUROC, calibration error and teacher agreement; also written to the run's eval/, and to a tracker."
     if split not in ("val", "test"): raise unknown("split", split, ("val", "test"))
@@ -1318,16 +1347,17 @@ def evaluate_student(source,               # run name, run folder, checkpoint fi
     checkpoint = load_checkpoint(file)
     c, task = checkpoint["config"], checkpoint["task"]
     if task.get("kind") == "generator": raise LabError(f"{source} is a generator, no classifier; evaluate.ipynb and dkd fid judge its images")
-    data = load_dataset(c["dataset"], c["data_root"], c["image_size"], c["val_fraction"], c["split_seed"], c["limit"], c.get("normalization", "data"))
+    data = load_dataset(c["dataset"], data_root or c["data_root"], c["image_size"], c["val_fraction"], c["split_seed"], c["limit"], c.get("normalization", "data"))
+    if "data_sha256" not in task: raise LabError(f"{source} does not say which images it was trained on; give a checkpoint of a classifier")
     if data.sha256 != task["data_sha256"]: raise LabError(f"{source} was trained on other images called {data.name}; restore them")
     part = halves(data.val, c["split_seed"])[1] if split == "val" and "kd_method" in task else getattr(data, split)
     if not len(part): raise LabError(f"{source} has no {split} images; use split='test'")
     batches = Batches(part, 512, 0, augment=False, shuffle=False, drop_last=False, device=device)
     half = c.get("precision") == "bf16"
     student = load_teacher(str(file), data, device)
-    with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=half): logits = torch.cat([student.logits(b.x).float() for b in batches]).cpu()
+    with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=half): logits = torch.cat([student.net(b.x).float() for b in batches]).cpu()  # as the run evaluated itself
     found = classification_metrics(logits.numpy(), part.labels.numpy())
-    words = split_words(teachers) or task.get("teachers") or []
+    words = words_of_sources(teachers) or task.get("teachers") or []
     try:
         asked = Teachers(words, data, device, torch.bfloat16 if half else torch.float32) if words else None
         told = [] if teachers else [r["sha256"] for r in task.get("teacher_rows", [])]
@@ -1338,7 +1368,9 @@ def evaluate_student(source,               # run name, run folder, checkpoint fi
         warnings.warn(f"{source}: no teacher agreement, because {e}")
     found = {f"{split}/{k}": v for k, v in found.items()}
     home, facts = file.parent.parent if file.parent.name == "checkpoints" else file.parent, dict(source=str(source), split=split, teachers=words)
-    if (home / "eval").is_dir(): write_json(home / "eval" / f"student_{file.stem}_{split}.json", facts | dict(metrics=plain(found)))
+    if (home / "eval").is_dir():
+        try: write_json(home / "eval" / f"student_{file.stem}_{split}.json", facts | dict(metrics=plain(found)))
+        except OSError as e: warnings.warn(f"{home / 'eval'} cannot be written ({e.strerror or e}), so the numbers are only told")
     told = start_tracker(tracker, Run.join(SimpleNamespace(project=c.get("project", "drifting_kd")), "evaluate", str(home), False), plain(c) | facts, job="evaluate")
     told.log(found, checkpoint["step"]), told.summary(found), told.finish()
     return found

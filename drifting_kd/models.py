@@ -17,10 +17,10 @@ from .data import normalize, pixel_constants
 # %% auto #0
 __all__ = ['MODELS', 'LEAST_SIZE', 'CONVOLUTIONS', 'BATCHNORMS', 'CHECKPOINT_KEYS', 'PUBLISHED', 'conv3x3', 'projection',
            'BasicBlock', 'Bottleneck', 'ResNet', 'list_models', 'create_model', 'count_parameters', 'rebuild',
-           'layer_names', 'activations', 'parameter_layers', 'output_sizes', 'flops', 'model_name', 'describe',
-           'foldable', 'fold_batchnorm', 'conv_bn', 'Staged', 'PreActBlock', 'ShuffleUnit', 'InvertedResidual',
-           'ConvNeXt', 'load_checkpoint', 'checkpoint_model', 'weights_sha256', 'Frozen', 'checkpoint_file', 'frozen',
-           'pretrained']
+           'layer_names', 'known_layers', 'activations', 'parameter_layers', 'output_sizes', 'flops', 'model_name',
+           'describe', 'foldable', 'fold_batchnorm', 'conv_bn', 'Staged', 'PreActBlock', 'ShuffleUnit',
+           'InvertedResidual', 'ConvNeXt', 'load_checkpoint', 'checkpoint_model', 'weights_sha256', 'Frozen',
+           'checkpoint_file', 'frozen', 'pretrained']
 
 # %% ../nbs/04_models.ipynb #c005
 def conv3x3(inputs: int, outputs: int, stride: int = 1) -> nn.Conv2d: return nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
@@ -156,6 +156,12 @@ def rebuild(factory: str, # such as "drifting_kd.models.create_model"
 def layer_names(model: nn.Module) -> list[str]:
     "Every layer's name, outermost first within each stage."
     return [name for name, _ in model.named_modules() if name]
+
+def known_layers(model: nn.Module, layers: list[str], whose: str = "model") -> list[str]:
+    "These layers, all of which the model has."
+    for layer in layers:
+        if layer not in (known := layer_names(model)): raise unknown(f"layer of {whose}", layer, known)
+    return layers
 
 @contextlib.contextmanager
 def _hooked(model, names, see):

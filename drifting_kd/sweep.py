@@ -130,10 +130,12 @@ def finished(run: dict, # all its parameters
             ) -> bool:
     "Whether this very run is there; one of the same name with other parameters is an error."
     path = runs_folder() / run["run_name"]
-    if not path.exists() or run_state(path) != "finished": return False
+    return path.exists() and run_state(path) == "finished" and _as_given(run, path, "is finished")
+
+def _as_given(run: dict, path: Path, what: str) -> bool:
     there, given = read_json(path / "config.json"), (_executed(run) or {}).get("parameters", {})  # a configuration may say the same in other words: cifar is cifar10
     if other := [f"{k} (there {there.get(k)!r}, here {v!r})" for k, v in run.items() if v != there.get(k) and _text(v) not in (_text(there.get(k)), _text(given.get(k)))]:
-        raise LabError(f"run {path.name} is finished with other parameters: {'; '.join(other)}; use another name, or move {path} away")
+        raise LabError(f"run {path.name} {what} with other parameters: {'; '.join(other)}; use another name, or move {path} away")
     return True
 
 def shown(run: dict) -> bool:
@@ -142,8 +144,9 @@ def shown(run: dict) -> bool:
     return told is None or bool(told.get("end_time")) and not told.get("exception")
 
 def diverged(run: dict) -> bool:
-    "Whether this run ended in a loss that is not finite; it would again."
-    return (runs_folder() / run["run_name"] / "diverged.json").exists()
+    "Whether this very run ended in a loss that is not finite; it would again. One of the same name with other parameters is an error."
+    path = runs_folder() / run["run_name"]
+    return (path / "diverged.json").exists() and _as_given(run, path, "diverged")
 
 def _run_one(run: dict, notebook: str, threads: int) -> str:
     "Start one run and wait: an empty string, or what stopped it."

@@ -654,10 +654,10 @@ def _boundary(self: Loop, began: float) -> bool:
     cfg, step, final = self.cfg, self.step, self.step == self.total
     if step % cfg.log_every == 0 or final: self.log()
     if step % self.steps_per_epoch == 0: self.write({"train/epoch_time": time.perf_counter() - began})
-    due = final or step % (cfg.eval_every * self.unit) == 0
+    due, paused = final or step % (cfg.eval_every * self.unit) == 0, time.perf_counter()
     stop = self.evaluate() if due else False
     if due or step % ((cfg.save_every or (cfg.eval_every if cfg.steps else 1)) * self.unit) == 0: self.save()
-    if due: self.window["start"], self.window["data"] = time.perf_counter(), 0.0  # evaluation is not training time
+    if due: self.window["start"] += time.perf_counter() - paused  # evaluation is not training time
     return stop
 
 @patch
