@@ -16,7 +16,7 @@ run: .venv/ready
 	@$(BIN)/dkd runs --last 1 --paths
 
 test: .venv/ready-dev
-	$(BIN)/python -m pytest -q tests -m "not slow" -n 2 --dist loadfile --durations=10
+	$(BIN)/python -m pytest -q tests -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder --durations=10
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive WANDB_MODE=offline $(BIN)/nbdev_test --n_workers 2 --timing
 
 lab: .venv/ready

@@ -1,9 +1,7 @@
 """Table and figure of a drifting study: distance, agreement, variety, nearest neighbours and cost of its runs, from each run's evaluation at the end.
 
     dkd sweep nbs/configs/sweeps/drift_digits.yaml --workers 2
-    python benchmarks/drift_study.py 'drift_digits-[!d]*' --out benchmarks/results/drift_digits.json
-    python benchmarks/drift_study.py 'drift_digits-default-*' --out benchmarks/results/drift_digits_default.json
-    python benchmarks/drift_study.py benchmarks/results/drift_digits_default.json benchmarks/results/drift_digits.json --figure figures/drift_digits.png
+    python benchmarks/drift_study.py 'drift_digits-*' --out benchmarks/results/drift_digits.json --figure figures/drift_digits.png
 
 Each source is a pattern of run names or a JSON that this script wrote. Runs are grouped by name without `-s<seed>`. Rows of another judge, sample number or set of real images are refused.
 """

@@ -4,7 +4,7 @@
 
 # %% ../nbs/00_core.ipynb #c002
 from __future__ import annotations
-import contextlib, dataclasses, datetime, difflib, errno, hashlib, importlib.metadata, json, math, os, platform, random, re, subprocess, sys, threading, time, warnings
+import contextlib, dataclasses, datetime, difflib, errno, functools, hashlib, importlib.metadata, json, math, os, platform, random, re, subprocess, sys, threading, time, warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from fastcore.basics import patch
@@ -14,7 +14,8 @@ __all__ = ['SCHEMA', 'DETERMINISTIC', 'RESERVED', 'PACKAGES', 'LabError', 'unkno
            'working_folder', 'environ', 'plain', 'atomic_write', 'writable_folder', 'write_json', 'read_json', 'mix',
            'generator', 'seed_everything', 'same_determinism', 'choose_device', 'import_torchvision', 'need', 'param',
            'check_value', 'Parameters', 'Config', 'split_words', 'check_run_name', 'watch_parameters', 'git_state',
-           'environment', 'try_lock', 'locked', 'launched', 'once', 'run_state', 'Run', 'read_metrics', 'list_runs']
+           'environment', 'try_lock', 'locked', 'launched', 'leave_at_exit', 'once', 'run_state', 'Run', 'read_metrics',
+           'list_runs']
 
 # %% ../nbs/00_core.ipynb #c005
 SCHEMA = 1  # version of every JSON file a run writes
@@ -373,6 +374,12 @@ def launched() -> int:
     text = os.environ.get("WORLD_SIZE") or "1"
     if not re.fullmatch("[1-9][0-9]*", text): raise LabError(f"WORLD_SIZE={text!r} in the environment: expected a number of processes; unset it")
     return int(text)
+
+@functools.cache
+def leave_at_exit() -> None:
+    "When Python ends, leave the group of processes first: threads of one that is still there may abort it."
+    import atexit, torch
+    atexit.register(lambda: torch.distributed.is_initialized() and torch.distributed.destroy_process_group())
 
 def once(name: str,            # of a run
          make,      # trains it; called without arguments

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
-from .core import (LabError, Parameters, Run, same_determinism, writable_folder, try_lock, locked, atomic_write, choose_device, environment, generator, import_torchvision, launched, list_runs, need, param, plain, project_root, read_json, runs_folder,
+from .core import (LabError, Parameters, Run, leave_at_exit, same_determinism, writable_folder, try_lock, locked, atomic_write, choose_device, environment, generator, import_torchvision, launched, list_runs, need, param, plain, project_root, read_json, runs_folder,
                               seed_everything, split_words, unknown, write_json)
 from .data import Dataset, load_dataset, splits_hash
 from .fid import (Extractor, MODES, Moments, Score, Stats, holds_stats, as_extractor, bicubic, class_gaussians, class_means, default_judge, exact_fp32, fd_infinity, feature_diversity, fid, kid, load_stats,
@@ -252,7 +252,9 @@ def sample_stats(model: nn.Module,
         end = min(n, (b + 1) * batch_size)
         images = next(iter(draw(None if labels is None else labels[:end], end, alpha, seed, batch_size, b * batch_size)))
         try: images = to_uint8(images.clamp(-1, 1), "signed")
-        except LabError: raise LabError("it makes images that are not finite; its weights are no use") from None
+        except LabError:
+            if images.isfinite().all(): raise
+            raise LabError("it makes images that are not finite; its weights are no use") from None
         m.add(judge(images))
         if (rest := KEPT - b * batch_size) > 0: first.append((b * batch_size, images[:rest].cpu()))
         if see: see(b * batch_size, images)
@@ -412,6 +414,7 @@ def _measured_beside(words: list, real: Stats, s: Sampled, ref: Reference, cfg: 
     if "clip_score" in found: found["clip_model"] = cfg.clip_model
     return found
 
+# %% ../nbs/14_evaluate.ipynb #c071
 def _other_images(ref: Reference, real: Stats, notes: _Notes) -> Stats:
     "Images of the data set, for the floor of a reference that has none of its own: the split that lies farther from it, since it may be made of the other."
     split = max(("train", "test"), key=lambda k: real.distance(getattr(ref, k)))
@@ -679,6 +682,7 @@ class Evaluator:
             check_fits(subject, self.data)
             kinds.setdefault((used_alpha(subject.model, cfg.alpha), subject.ema), subject.name)
             self.paths.append(path)
+        self.paths = _gathered(self.paths, self.world)[0]  # what one process no longer finds, all leave out
         if not self.paths: raise LabError(f"nothing is left of the checkpoints of {cfg.checkpoint}; look at them when training has ended")
         if len(kinds) > 1:
             told = [f"{name} (guidance {alpha:g}, {'averaged' if ema else 'not averaged'})" for (alpha, ema), name in kinds.items()]
@@ -834,8 +838,10 @@ def evaluate(cfg: EvaluateConfig) -> Evaluation:
     "Score checkpoints; what is in the table already is left out, what was killed continues, and the caller's random state and threads stay as they were."
     threads = torch.get_num_threads()
     try:
-        with undisturbed(nn.Identity()), same_determinism(): return _evaluate(cfg)
+        with undisturbed(nn.Identity()), same_determinism(): result = _evaluate(cfg)
     finally: torch.set_num_threads(threads)
+    if launched() > 1: leave_at_exit()
+    return result
 
 def _evaluate(cfg: EvaluateConfig) -> Evaluation:
     e = Evaluator(cfg)

@@ -234,6 +234,7 @@ class Stats:
         if features: arrays |= dict(feats=self.features.cpu().numpy()) | ({} if self.labels is None else dict(labels=self.labels.cpu().numpy()))
         with atomic_write(path) as f: np.savez_compressed(f, **arrays)
 
+# %% ../nbs/06_fid.ipynb #c085
 def _judge(source) -> dict:
     if source is None: return {}
     name = source.extractor if isinstance(source, Stats) else source.name

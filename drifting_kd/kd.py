@@ -1018,7 +1018,7 @@ class HostBatches(Batches):
             yield batch._replace(index=index[part], view=view[part])
 
 # %% ../nbs/12_kd.ipynb #c134
-from .core import Run, launched, param
+from .core import Run, generator, launched, param
 from .models import activations, known_layers
 from .train import Classify, TrainConfig, classification_metrics, classifier, fit, normalize, prepare, undisturbed
 

@@ -148,6 +148,7 @@ def diverged(run: dict) -> bool:
     path = runs_folder() / run["run_name"]
     return (path / "diverged.json").exists() and _as_given(run, path, "diverged")
 
+# %% ../nbs/16_sweep.ipynb #c026
 def _run_one(run: dict, notebook: str, threads: int) -> str:
     "Start one run and wait: an empty string, or what stopped it."
     folder = runs_folder() / "notebooks"

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import nn
-from .core import (Config, LabError, Run, atomic_write, choose_device, import_torchvision, launched, mix, need, param, plain, read_json, seed_everything, unknown, write_json)
+from .core import (Config, LabError, Run, atomic_write, choose_device, import_torchvision, launched, leave_at_exit, mix, need, param, plain, read_json, seed_everything, unknown, write_json)
 from .data import Batches, Dataset, Split, load_array, load_dataset, normalize, save_splits, splits_hash
 from .models import create_model, layer_names, list_models, load_checkpoint, model_name, output_sizes, parameter_layers
 from .track import start_tracker, tracker_patience
@@ -807,8 +807,10 @@ def fit(task: Task,       # what to train
         run.close()
         return read_json(run.path / "metrics.json")
     if _processes(cfg) > 1 and not os.environ.get("WORLD_SIZE"): return _launch(task, cfg, run)
-    try: return Loop(task, cfg, run).go()
+    try: summary = Loop(task, cfg, run).go()
     finally: run.close()
+    if launched() > 1: leave_at_exit()  # not after a failure: the others may be waiting
+    return summary
 
 def _launch(task: Task, cfg: FitConfig, run: Run) -> dict:
     "Start `cfg.processes` processes of `fit`; what stops them is one line here, too."

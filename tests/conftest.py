@@ -10,6 +10,10 @@ TINY = dict(tracker="none", device="cpu", threads=1, limit=300, epochs=3, batch_
 
 def pytest_configure(config): config.addinivalue_line("markers", "slow: minutes, not seconds; make slow and .ci/run run them")
 
+LONGEST = "evaluate notebooks sweep drift cli device distill report judges data processes solutions".split()  # begun first, so that no worker waits for another at the end
+
+def pytest_collection_modifyitems(items): items.sort(key=lambda item: next((i for i, name in enumerate(LONGEST) if item.path.stem == f"test_{name}"), len(LONGEST)))
+
 @pytest.fixture
 def lab(tmp_path, monkeypatch):
     "An empty root for runs."

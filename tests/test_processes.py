@@ -18,11 +18,14 @@ def differences(a, b) -> list[float]:
 
 def summary(run) -> dict: return json.loads((run / "metrics.json").read_text())
 
+AT_EXIT = "import atexit, torch\natexit.register(lambda: print('still in a group' if torch.distributed.is_initialized() else 'on its own', flush=True))\n"  # runs after what is registered later
+
 @pytest.mark.parametrize("patch", [NO_BATCHNORM, ""], ids=["without BatchNorm", "with BatchNorm"])
 def test_two_processes_are_one(lab, patch):
     settings = dict(epochs=2, log_every=1, lr=0.02)
-    one, two = train(patch, run_name="one", **settings), train(patch, two_processes(), run_name="two", **settings)
+    one, two = train(patch, run_name="one", **settings), train(AT_EXIT + patch, two_processes(), run_name="two", **settings)
     assert one.returncode == 0 and two.returncode == 0, two.stderr[-3000:]
+    assert two.stdout.count("on its own") == 2, two.stdout[-500:]  # a group that outlives Python may abort it
     a, b = lab / "runs/one", lab / "runs/two"
     assert (summary(a)["processes"], summary(b)["processes"]) == (1, 2)
     gaps = differences(losses(a), losses(b))
