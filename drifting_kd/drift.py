@@ -4,7 +4,7 @@
 
 # %% ../nbs/11_drift.ipynb #c002
 from __future__ import annotations
-import dataclasses, functools, math
+import dataclasses, functools, math, numbers
 from dataclasses import dataclass
 from typing import Iterator, NamedTuple
 import numpy as np
@@ -53,7 +53,7 @@ def _check(x: Tensor, given: dict, temps, weight, self_mask: bool, sinkhorn_iter
     _check_weight(x, weight, "y_uncond" in given)
 
 def _check_temps(temps) -> None:
-    if not isinstance(temps, (tuple, list)) or not temps or not all(isinstance(t, (int, float)) and 0 < t < math.inf for t in temps) or len(set(temps)) < len(temps):
+    if not isinstance(temps, (tuple, list)) or not temps or not all(isinstance(t, numbers.Real) and 0 < t < math.inf for t in temps) or len(set(temps)) < len(temps):
         raise LabError(f"temps={temps!r}: expected one or more temperatures above 0, each once, such as (.02, .05, .2)")
 
 def _check_weight(x: Tensor, weight, used: bool) -> None:

@@ -504,6 +504,7 @@ class Extractor:
     def __call__(self, images) -> Tensor:
         x = to_uint8(images)
         if self.channels == 3: x = to_rgb(x)
+        elif x.shape[3] == 3 and bool((x == x[..., :1]).all()): x = x[..., :1]  # grey images in files of three channels
         if x.shape[3] != self.channels: raise LabError(f"{self.name} sees {self.channels} channel; images have {x.shape[3]}")
         if self.size and x.shape[1:3] != (self.size, self.size):
             raise LabError(f"{self.name} sees images of {self.size}x{self.size}; got {x.shape[1]}x{x.shape[2]}; resize them as its training data were")
