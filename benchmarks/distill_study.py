@@ -15,8 +15,7 @@ from drifting_kd.plots import COLOURS, Figure, Picture, save_figure, styled, t_i
 
 PAIRS = [("hinton+ca", "hinton"), ("ca_weighted", "ca_weighted+uniform"), ("dkd+ca", "dkd"), ("hinton+confidence", "hinton"), ("dkd+ls+ca", "dkd+ca"), ("hinton_drift", "hinton"),  # differ in one thing
          ("ca_weighted+uniform", "hinton"), ("dynamic", "hinton"), ("confidence", "hinton")]                                                                                              # in more
-PAIRS += [(f"hinton+confidence_{c}", "hinton+confidence") for c in ("calibrated", "crossfit")]  # whose confidences open the gate
-GATED = ("hinton+confidence", "hinton+confidence_calibrated", "hinton+confidence_crossfit", "dynamic", "confidence")
+GATED = ("hinton+confidence", "dynamic", "confidence")
 
 def name_of(group: str) -> str:
     "`hinton, drift` as `hinton + drift term`; a group without a term is its method."
@@ -56,8 +55,7 @@ def beside(data: str) -> dict:
         mean, half = map(float, t_interval(points))
         return dict(seeds=points, mean=mean, low=mean - half, high=mean + half)
     teachers = [read_json(p / "metrics.json")["test/last_accuracy"] for p in sorted(runs_folder().glob(f"teacher-{data}-*"))]
-    gated = [m for m in GATED if seeds(m, "test/last_accuracy")]
-    return dict(teachers=teachers, gate_saturated={m: [v for _, v in sorted(seeds(m, "train/gate_saturated").items())] for m in gated}, paired={f"{a} minus {b}": paired(a, b) for a, b in PAIRS if seeds(a, "test/last_accuracy")})
+    return dict(teachers=teachers, gate_saturated={m: [v for _, v in sorted(seeds(m, "train/gate_saturated").items())] for m in GATED}, paired={f"{a} minus {b}": paired(a, b) for a, b in PAIRS})
 
 def main(reports: list[Path], figure: str, beside_file: str) -> None:
     studies = dict(map(read, reports))

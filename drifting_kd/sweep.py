@@ -133,6 +133,7 @@ def finished(run: dict, # all its parameters
     return path.exists() and run_state(path) == "finished" and _as_given(run, path, "is finished")
 
 def _as_given(run: dict, path: Path, what: str) -> bool:
+    "True; where the run that is there was given other parameters, an error."
     there, given = read_json(path / "config.json"), (_executed(run) or {}).get("parameters", {})  # a configuration may say the same in other words: cifar is cifar10
     if other := [f"{k} (there {there.get(k)!r}, here {v!r})" for k, v in run.items() if v != there.get(k) and _text(v) not in (_text(there.get(k)), _text(given.get(k)))]:
         raise LabError(f"run {path.name} {what} with other parameters: {'; '.join(other)}; use another name, or move {path} away")
