@@ -381,16 +381,20 @@ def leave_at_exit() -> None:
     import atexit, torch
     atexit.register(lambda: torch.distributed.is_initialized() and torch.distributed.destroy_process_group())
 
-def once(name: str,            # of a run
-         make,      # trains it; called without arguments
-        ) -> str:
-    "Make a run that others need, unless it is there; other processes that want it wait."
-    with locked(runs_folder() / f".{name}.lock", math.inf):
-        if not (runs_folder() / name / "metrics.json").exists():
-            if launched() > 1: raise LabError(f"run {name} is needed first and cannot be trained inside several processes; run this once with processes=1")
-            print(f"first, once: runs/{name}")
-            make()
-    return name
+def once(needed: dict) -> list[str]: # what trains a run (called without arguments), by the name of that run
+    "Make runs that others need, unless they are there; processes that want the same ones share them out, and wait for the last."
+    folder, left = writable_folder(runs_folder()), dict(needed)
+    while left:
+        for name, make in list(left.items()):
+            if not (handle := try_lock(folder / f".{name}.lock")): continue  # another process is at it: the next one meanwhile
+            with handle:
+                if not (folder / name / "metrics.json").exists():
+                    if launched() > 1: raise LabError(f"run {name} is needed first and cannot be trained inside several processes; run this once with processes=1")
+                    print(f"first, once: runs/{name}")
+                    make()
+            del left[name]
+        if left: time.sleep(.1)
+    return list(needed)
 
 def run_state(path: Path) -> str:
     "`finished`, `running` (a live process holds it) or `stopped` (killed, failed or interrupted)."

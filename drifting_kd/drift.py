@@ -472,7 +472,7 @@ def own_encoder(kind: str,     # of OWN_ENCODERS
         own_data = prepare(own)
         task = Reconstruct(net, own_data, own) if kind in MAES else Classify(net, own_data, own)
         fit(task, own, Run(own, "encoder"))
-    return once(name, train)
+    return once({name: train})[0]
 
 # %% ../nbs/11_drift.ipynb #c076
 class Reals:

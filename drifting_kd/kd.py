@@ -1105,30 +1105,30 @@ _RECIPE = ("dataset", "data_root", "image_size", "limit", "val_fraction", "split
 
 def train_teachers(cfg: DistillConfig, data: Dataset) -> list[str]: # the names of their runs
     "Train the teachers of a configuration, unless their runs are there."
-    names, models, folded = [], split_words(cfg.teacher_models), cfg.confidences == "folds"
+    needed, models, folded = {}, split_words(cfg.teacher_models), cfg.confidences == "folds"
     epoch_steps, total = cfg.length(cfg.batches(len(data.train)))
     warmup = int(cfg.warmup * cfg.teacher_epochs * epoch_steps / total)  # the same share of the training
     owns = [TrainConfig(**{k: getattr(cfg, k) for k in _RECIPE} | dict(warmup=warmup), model=model, seed=seed, epochs=cfg.teacher_epochs, eval_every=cfg.teacher_epochs, save_every=max(1, cfg.teacher_epochs // 10), tracker="none", resume=True) for seed, model in enumerate(models, 1)]
     with undisturbed(nn.Identity()):
         for own in owns: classifier(own, data)  # a wrong name or size is refused before the first one is trained
+    def train(own, seed):
+        fresh = prepare(own)
+        if folded: fresh = dataclasses.replace(fresh, train=fold_splits(fresh.train, len(models), cfg.split_seed)[seed - 1])
+        fit(Classify(classifier(own, fresh), fresh, own), own, Run(own, "teacher"))
     for seed, (model, own) in enumerate(zip(models, owns), 1):
         own.run_name = f"teacher-{own.dataset}-{model}-s{seed}{f'-without{seed}of{len(models)}' if folded else ''}-{own.hash()[:8]}-{data.sha256[:8]}"
-        def make():
-            fresh = prepare(own)
-            if folded: fresh = dataclasses.replace(fresh, train=fold_splits(fresh.train, len(models), cfg.split_seed)[seed - 1])
-            fit(Classify(classifier(own, fresh), fresh, own), own, Run(own, "teacher"))
-        names.append(once(own.run_name, make))
-    return names
+        needed[own.run_name] = functools.partial(train, own, seed)
+    return once(needed)
 
 def train_baseline(cfg: DistillConfig, data: Dataset) -> str: # the name of its run
     "The same student, seed and recipe without teachers, unless its run is there."
     of_teaching = {f.name for f in dataclasses.fields(DistillConfig)} - {f.name for f in dataclasses.fields(TrainConfig)}
     own = dataclasses.replace(cfg, **{k: cfg.default(k) for k in of_teaching} | dict(method="none", baseline=False, run_name="", tracker="none", resume=True))
     own.run_name = f"baseline-{own.dataset}-{own.model}-s{own.seed}-{own.hash()[:8]}-{data.sha256[:8]}"
-    def make():
+    def train():
         fresh = prepare(own)
         fit(Distill(classifier(own, fresh), fresh, own), own, Run(own, "distill"))
-    return once(own.run_name, make)
+    return once({own.run_name: train})[0]
 
 # %% ../nbs/12_kd.ipynb #c141
 def _last_stage(model: nn.Module, whose: str) -> list[str]:
