@@ -19,7 +19,7 @@ from .fid import (Extractor, MODES, Moments, Score, Stats, holds_stats, as_extra
                              nearest, nearest_ratio, prdc, prompt_accuracy, random_pairs, reference_stats, slug, to_rgb, to_uint8, variance_ratio)
 from .generators import check_alpha, labels_like, sample_batches
 from .models import checkpoint_model, count_parameters, load_checkpoint, model_name, rebuild, weights_sha256
-from .plots import COLOURS, Picture, label_ends, styled, as_pixels, class_grid, distance_dots, image_grid, save_figure
+from .plots import COLOURS, Picture, label_ends, styled, as_pixels, class_grid, distance_dots, image_grid, image_table, save_figure
 from .track import start_tracker
 from .train import undisturbed, use_threads
 
@@ -599,10 +599,8 @@ def neighbours_grid(fakes, real,          # images [N, ...], and the nearest tra
     if fakes.shape != real.shape: raise LabError(f"{len(fakes)} samples and {len(real)} neighbours; expected one each, of one size")
     fig = Picture(figsize=(.8 * len(fakes) + .9, 2.2))
     ax = fig.subplots()
-    for row, images in enumerate((fakes, real)):
-        for i, image in enumerate(images): ax.imshow(image, extent=(i + .03, i + .97, row + .97, row + .03), interpolation="nearest")
-    ax.set(xlim=(0, len(fakes)), ylim=(2, 0), aspect="equal", xticks=np.arange(len(fakes)) + .5, xticklabels=captions, yticks=(.5, 1.5), yticklabels=("sample", "nearest\ntraining image"))
-    ax.grid(False), ax.spines[:].set_visible(False), ax.tick_params(length=0)
+    image_table(ax, [fakes, real], len(fakes))
+    ax.set(xticks=np.arange(len(fakes)) + .5, xticklabels=captions, yticks=(.5, 1.5), yticklabels=("sample", "nearest\ntraining image"))
     ax.set_title(f"Samples lie {ratio:.2f} times as far from training images as test images do{': do they copy?' if ratio < .7 else ''}" if math.isfinite(ratio) else "Samples and their nearest training images")
     return fig
 

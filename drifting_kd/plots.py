@@ -14,10 +14,10 @@ from .core import LabError, atomic_write, unknown
 # %% auto #0
 __all__ = ['COLOURS', 'STYLE', 'WORDS', 'UNITS', 'LOWER', 'HIGHER', 'DASHES', 'Picture', 'use_style', 'styled', 'save_figure',
            't_interval', 'metric_words', 'label_ends', 'plot_curves', 'as_array', 'as_pixels', 'image_grid',
-           'class_grid', 'confusion_matrix', 'mistakes', 'speed_bars', 'direction_of', 'overlapping', 'dots_finding',
-           'interval_dots', 'first_reach', 'time_to_target', 'wilson', 'reliability_diagram', 'robustness_curves',
-           'layer_curves', 'layer_profile', 'channel_grid', 'loss_slices', 'barrier_curves', 'loss_surface_plot',
-           'heatmap', 'distance_dots']
+           'image_table', 'class_grid', 'confusion_matrix', 'mistakes', 'speed_bars', 'direction_of', 'overlapping',
+           'dots_finding', 'interval_dots', 'first_reach', 'time_to_target', 'wilson', 'reliability_diagram',
+           'robustness_curves', 'layer_curves', 'layer_profile', 'channel_grid', 'loss_slices', 'barrier_curves',
+           'loss_surface_plot', 'heatmap', 'distance_dots']
 
 # %% ../nbs/03_plots.ipynb #c005
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito: told apart by colour-blind readers
@@ -206,6 +206,18 @@ def image_grid(images,                       # uint8 or float, NHWC or NCHW
     return fig
 
 # %% ../nbs/03_plots.ipynb #c025
+def image_table(ax,
+                rows: list,   # of images [n, H, W, 3], at most `columns` in each
+                columns: int) -> None:
+    "Rows of images as one: hundreds of them take matplotlib a second."
+    sides = rows[0].shape[1:3]
+    zoom = math.ceil(32 / max(sides))  # so that a pixel of margin is thin
+    tiles = np.full((len(rows), columns, *(zoom * n + 2 for n in sides), 3), 1.)
+    for row, images in enumerate(rows): tiles[row, :len(images), 1:-1, 1:-1] = images.repeat(zoom, 1).repeat(zoom, 2)
+    ax.imshow(np.hstack(np.hstack(tiles)), extent=(0, columns, len(rows), 0), interpolation="nearest")
+    ax.set_aspect("equal")
+    ax.grid(False), ax.spines[:].set_visible(False), ax.tick_params(length=0)
+
 @styled
 def class_grid(split,             # has `images` and `labels`
                classes: list,     # names
@@ -217,11 +229,8 @@ def class_grid(split,             # has `images` and `labels`
     shown = sorted({round(i) for i in np.linspace(0, len(classes) - 1, min(20, len(classes)))})
     fig = Picture(figsize=(1.2 + .6 * per_class, .6 * len(shown) + .4))
     ax = fig.subplots()
-    for row, c in enumerate(shown):
-        which = np.flatnonzero(labels == c)[:per_class]
-        for column, image in enumerate(as_pixels(split.images[which])): ax.imshow(image, extent=(column + .02, column + .98, row + .98, row + .02), interpolation="nearest")
-    ax.set(xlim=(0, per_class), ylim=(len(shown), 0), aspect="equal", xticks=[], yticks=np.arange(len(shown)) + .5, yticklabels=[str(classes[c]) for c in shown])
-    ax.grid(False), ax.spines[:].set_visible(False), ax.tick_params(length=0)
+    image_table(ax, [as_pixels(split.images[np.flatnonzero(labels == c)[:per_class]]) for c in shown], per_class)
+    ax.set(xticks=[], yticks=np.arange(len(shown)) + .5, yticklabels=[str(classes[c]) for c in shown])
     even = f"{counts.min():,} to {counts.max():,}" if counts.min() < counts.max() else f"{counts.max():,}"
     some = f" ({len(shown)} shown)" if len(shown) < len(classes) else ""
     ax.set_title(f"{len(labels):,} images, {len(classes)} classes{some}, {even} a class")
