@@ -370,6 +370,7 @@ def locked(path: Path,           # a file for the lock; its folder is made
     try: yield
     finally: handle.close()
 
+# %% ../nbs/00_core.ipynb #c064
 def launched() -> int:
     "How many processes a launcher (torchrun, accelerate) has started; 1 without one."
     text = os.environ.get("WORLD_SIZE") or "1"

@@ -13,11 +13,11 @@ from .core import LabError, atomic_write, unknown
 
 # %% auto #0
 __all__ = ['COLOURS', 'STYLE', 'WORDS', 'UNITS', 'LOWER', 'HIGHER', 'DASHES', 'Picture', 'use_style', 'styled', 'save_figure',
-           't_interval', 'metric_words', 'label_ends', 'plot_curves', 'as_array', 'as_pixels', 'image_grid',
-           'image_table', 'class_grid', 'confusion_matrix', 'mistakes', 'speed_bars', 'direction_of', 'overlapping',
-           'dots_finding', 'interval_dots', 'first_reach', 'time_to_target', 'wilson', 'reliability_diagram',
-           'robustness_curves', 'layer_curves', 'layer_profile', 'channel_grid', 'loss_slices', 'barrier_curves',
-           'loss_surface_plot', 'heatmap', 'distance_dots']
+           'keep_figure', 't_interval', 'metric_words', 'label_ends', 'plot_curves', 'as_array', 'as_pixels',
+           'image_grid', 'image_table', 'class_grid', 'confusion_matrix', 'mistakes', 'speed_bars', 'direction_of',
+           'overlapping', 'dots_finding', 'interval_dots', 'first_reach', 'time_to_target', 'wilson',
+           'reliability_diagram', 'robustness_curves', 'layer_curves', 'layer_profile', 'channel_grid', 'loss_slices',
+           'barrier_curves', 'loss_surface_plot', 'heatmap', 'distance_dots']
 
 # %% ../nbs/03_plots.ipynb #c005
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # Okabe and Ito: told apart by colour-blind readers
@@ -26,11 +26,15 @@ STYLE = {"font.size": 10, "axes.titlesize": 10, "figure.titlesize": 11, "axes.ax
 
 class Picture(Figure):
     "A matplotlib figure that shows itself in a notebook without pyplot's list of open figures."
+    saved = b""  # the PNG of save_figure
+
     def _repr_png_(self) -> bytes:
         from PIL import Image
-        full, small = io.BytesIO(), io.BytesIO()
-        self.savefig(full, format="png", bbox_inches="tight")
-        Image.open(full).convert("RGB").quantize(64, dither=Image.Dither.NONE).save(small, format="png", optimize=True)  # 64 colours: a quarter of the bytes in a notebook
+        full, small = io.BytesIO(self.saved), io.BytesIO()
+        if fresh := not self.saved or self.stale: self.savefig(full, format="png", bbox_inches="tight")
+        image = Image.open(full).convert("RGB")
+        if not fresh: image = image.resize([round(n * self.dpi / 150) for n in image.size], Image.Resampling.BICUBIC)  # drawing it again would take ten times as long
+        image.quantize(64, dither=Image.Dither.NONE).save(small, format="png", optimize=True)  # 64 colours: a quarter of the bytes in a notebook
         return small.getvalue()
 
 def use_style() -> None:
@@ -50,8 +54,16 @@ def save_figure(fig: Figure, path: str | Path) -> Path:
     path = Path(path)
     if path.suffix != ".png": raise LabError(f"figure {path.name!r}: expected a name that ends in .png")
     path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_write(path) as f: fig.savefig(f, format="png", dpi=150, bbox_inches="tight", metadata={"Software": None})
+    drawn = io.BytesIO()
+    fig.savefig(drawn, format="png", dpi=150, bbox_inches="tight", metadata={"Software": None})
+    fig.saved, fig.stale = drawn.getvalue(), False
+    with atomic_write(path) as f: f.write(fig.saved)
     return path
+
+def keep_figure(run, fig: Figure, name: str) -> Figure:
+    "Save a figure with a run, and return it, to be shown."
+    save_figure(fig, run.path / "figures" / f"{name}.png")
+    return fig
 
 # %% ../nbs/03_plots.ipynb #c009
 def t_interval(values,            # [n, ...], one row a seed

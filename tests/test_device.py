@@ -13,8 +13,8 @@ import pretend
 pretend.everywhere()
 atexit.register(lambda: print(json.dumps(pretend.WAITS)))
 """
-SMALL = dict(device="auto", epochs=2, batch_size=25, limit=100, log_every=50)
-DRIFT = SMALL | dict(family="drift", epochs=1, steps=4, batch_size=40, limit=300, positives=16, unconditional=4, eval_every=2, warmup=1, eval_samples=60)
+SMALL = dict(device="auto", epochs=1, batch_size=25, limit=100, log_every=50)
+DRIFT = SMALL | dict(family="drift", steps=4, batch_size=40, limit=300, positives=16, unconditional=4, eval_every=2, warmup=1, eval_samples=60)
 DISTILL = SMALL | dict(family="distill", val_fraction=.3, model="judge", teacher_models="judge judge", teacher_epochs=6, crop_padding=1)
 
 def trained(settings: dict, code: str = "") -> dict:
@@ -24,7 +24,7 @@ def trained(settings: dict, code: str = "") -> dict:
     return json.loads(out.stdout.splitlines()[-1])
 
 @pytest.mark.parametrize("settings", [
-    dict(optimizer="adamw", layer_norms=True, ema_decay=.9, grad_clip=1., noise=.1, accumulation=2), dict(optimizer="muon", precision="bf16", model="mobilenet_v2_half"),
+    dict(epochs=2, optimizer="adamw", layer_norms=True, ema_decay=.9, grad_clip=1., noise=.1, accumulation=2), dict(optimizer="muon", precision="bf16", model="mobilenet_v2_half"),
     DRIFT, DRIFT | dict(queue=20, model="unet_tiny"), DRIFT | dict(model="dit_tiny", chunk=4, encoder="mae", encoder_epochs=1, multi_scale=False),
     DISTILL | dict(method="dynamic", confidences="crossfit", feature="fitnet"), DISTILL | dict(method="confidence", cache="ahead")], ids=["classify", "bf16", "drift", "queue", "encoder", "distill", "cache"])
 def test_a_family_trains_where_the_data_are(lab, settings):
