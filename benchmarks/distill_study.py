@@ -1,7 +1,7 @@
 """One table and one figure of the distillation matrices, from their reports: accuracy of the best-validation and the last epoch, cost.
 
     dkd sweep nbs/configs/sweeps/distill_cifar10_jpeg.yaml --workers 2     (and distill_shapes100)
-    dkd run report -p pattern 'distill_cifar10_jpeg-*' -p by method,feature -p reference none -p name distill_cifar10_jpeg -p keys test/accuracy,test/last_accuracy,test/auroc,test/ece,train_cpu_seconds
+    dkd run report -p pattern 'distill_cifar10_jpeg-*' -p by method,feature,confidences -p reference 'none, raw' -p name distill_cifar10_jpeg -p keys test/accuracy,test/last_accuracy,test/auroc,test/ece,train_cpu_seconds
     python benchmarks/distill_study.py figures/distill_cifar10_jpeg.json figures/distill_shapes100.json [--figure figures/distill.png]
 
 Where the runs still are, `--beside benchmarks/results/distill_beside.json` writes what the reports do not hold: the teachers, the gates, and paired differences between methods.
@@ -11,16 +11,19 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from drifting_kd.core import LabError, read_json, runs_folder, write_json
+from drifting_kd.kd import CONFIDENCES
 from drifting_kd.plots import COLOURS, Figure, Picture, save_figure, styled, t_interval
 
 PAIRS = [("hinton+ca", "hinton"), ("ca_weighted", "ca_weighted+uniform"), ("dkd+ca", "dkd"), ("hinton+confidence", "hinton"), ("dkd+ls+ca", "dkd+ca"), ("hinton_drift", "hinton"),  # differ in one thing
          ("ca_weighted+uniform", "hinton"), ("dynamic", "hinton"), ("confidence", "hinton")]                                                                                              # in more
-GATED = ("hinton+confidence", "dynamic", "confidence")
+PAIRS += [(f"hinton+confidence_{c}", "hinton+confidence") for c in ("calibrated", "crossfit")]  # whose confidences open the gate
+GATED = ("hinton+confidence", "hinton+confidence_calibrated", "hinton+confidence_crossfit", "dynamic", "confidence")
 
 def name_of(group: str) -> str:
-    "`hinton, drift` as `hinton + drift term`; a group without a term is its method."
-    method, _, term = group.partition(", ")
-    return method if term in ("", "feature ''") else f"{method} + {term} term"
+    "`hinton, drift_batch, raw` as `hinton + drift term`, `hinton, calibrated` as it is; what a report of fewer columns does not say is the default."
+    method, *said = group.split(", ")
+    said = [word for word in said if word not in ("feature ''", "raw")]
+    return method + "".join(f", {word}" if word in CONFIDENCES else f" + {word.removesuffix('_batch')} term" for word in said)
 
 def read(path: Path) -> tuple[str, dict]:
     "The data set, and for each method its metrics: mean, low, high, n."
@@ -30,6 +33,8 @@ def read(path: Path) -> tuple[str, dict]:
     return re.sub(r"-\*.*|^distill_", "", found["parameters"]["pattern"]), rows
 
 def percent(row: dict) -> str: return f"{100 * row['mean']:.1f} [{100 * row['low']:.1f}, {100 * row['high']:.1f}]"
+
+def numbers(row: dict) -> list[str]: return [percent(row["test/accuracy"]), percent(row["test/last_accuracy"]), *(f"{row[k]['mean']:.{digits}f}" for k, digits in (("test/auroc", 3), ("test/ece", 3), ("train_cpu_seconds", 0)))]
 
 @styled
 def dots(studies: dict) -> Figure:
@@ -55,13 +60,14 @@ def beside(data: str) -> dict:
         mean, half = map(float, t_interval(points))
         return dict(seeds=points, mean=mean, low=mean - half, high=mean + half)
     teachers = [read_json(p / "metrics.json")["test/last_accuracy"] for p in sorted(runs_folder().glob(f"teacher-{data}-*"))]
-    return dict(teachers=teachers, gate_saturated={m: [v for _, v in sorted(seeds(m, "train/gate_saturated").items())] for m in GATED}, paired={f"{a} minus {b}": paired(a, b) for a, b in PAIRS})
+    there = {m for m in {*GATED, *sum(PAIRS, ())} if seeds(m, "test/last_accuracy")}
+    return dict(teachers=teachers, gate_saturated={m: [v for _, v in sorted(seeds(m, "train/gate_saturated").items())] for m in GATED if m in there}, paired={f"{a} minus {b}": paired(a, b) for a, b in PAIRS if {a, b} <= there})
 
 def main(reports: list[Path], figure: str, beside_file: str) -> None:
     studies = dict(map(read, reports))
     print("| method |" + "".join(f" {d}, best validation | {d}, last epoch | AUROC | ECE | CPU-s a run |" for d in studies) + "\n|---|" + "---|" * 5 * len(studies))
-    for method in next(iter(studies.values())):
-        cells = [c for rows in studies.values() for r in [rows[method]] for c in (percent(r["test/accuracy"]), percent(r["test/last_accuracy"]), f"{r['test/auroc']['mean']:.3f}", f"{r['test/ece']['mean']:.3f}", f"{r['train_cpu_seconds']['mean']:.0f}")]
+    for method in dict.fromkeys(m for rows in studies.values() for m in rows):
+        cells = [c for rows in studies.values() for c in (numbers(rows[method]) if method in rows else ["not run"] + [""] * 4)]
         print(f"| {method} | " + " | ".join(cells) + " |")
     if figure: save_figure(dots(studies), figure)
     if beside_file: write_json(beside_file, {data: beside(data) for data in studies})

@@ -315,8 +315,10 @@ def cannot_conclude(groups: dict, summary, pairs: list, by: tuple = ()) -> list[
         for _, row in rows[rows["mean"].isna()].iterrows(): said.append(f"{row['group']} has a seed whose {metric_words(key)} is not a number, so the group has no mean.")
         for _, row in rows[(rows.n > 1) & (rows["min"] == rows["max"])].iterrows(): said.append(f"All {row['n']} seeds of {row['group']} have the same {metric_words(key)}, so its interval has no width; the value is still not known exactly.")
         if key.split("/")[-1].split("_")[-1] in SHARES and (beyond := [str(row["group"]) for _, row in rows.iterrows() if row["low"] < 0 or row["high"] > 1]): said.append(f"{metric_words(key).capitalize()}: the interval of {', '.join(beyond)} goes beyond 0 or 1, where no value can be; it is printed and drawn as computed, not cut: so few seeds so far apart say no more.")
-        touching = [f"{a['group']} and {b['group']}" for (_, a), (_, b) in itertools.combinations(rows.iterrows(), 2) if overlapping((a["low"], a["high"]), (b["low"], b["high"]))]  # nan overlaps nothing
-        if touching: said.append(f"{metric_words(key).capitalize()}: the intervals of {'; '.join(touching)} overlap; alone they do not order these groups, nor do they show them equal.")
+        every = list(itertools.combinations(rows.to_dict("records"), 2))
+        touching = [f"{a['group']} and {b['group']}" for a, b in every if overlapping((a["low"], a["high"]), (b["low"], b["high"]))]  # nan overlaps nothing
+        named = "; ".join(touching) if len(touching) <= 6 else f"{len(touching)} of the {len(every)} pairs of groups"  # that many are better seen in the figure
+        if touching: said.append(f"{metric_words(key).capitalize()}: the intervals of {named} overlap; alone they do not order these groups, nor do they show them equal.")
     table = pd.concat(pairs) if pairs else pd.DataFrame()
     few = sorted({int(n) for n in table.get("pairs", []) if 1 < n < 6})
     if few: said.append("With " + ", ".join(f"{n} pairs the sign-flip p is at least {2 / 2**n:.3g}" for n in few) + ": that test cannot reach 5 % here, whatever the difference.")
