@@ -4,7 +4,7 @@
     dkd run report -p pattern 'distill_cifar10_jpeg-*' -p by method,feature,confidences -p reference 'none, raw' -p name distill_cifar10_jpeg -p keys test/accuracy,test/last_accuracy,test/auroc,test/ece,train_cpu_seconds
     python benchmarks/distill_study.py figures/distill_cifar10_jpeg.json figures/distill_shapes100.json [--figure figures/distill.png]
 
-Where the runs still are, `--beside benchmarks/results/distill_beside.json` writes what the reports do not hold: the teachers, the gates, and paired differences between methods.
+Where the runs still are, `--beside benchmarks/results/distill_beside.json` writes what the reports do not hold: the teachers, the gates, and paired differences between methods (of these data; what the file says of others stays).
 """
 import argparse, re, sys
 from pathlib import Path
@@ -70,7 +70,7 @@ def main(reports: list[Path], figure: str, beside_file: str) -> None:
         cells = [c for rows in studies.values() for c in (numbers(rows[method]) if method in rows else ["not run"] + [""] * 4)]
         print(f"| {method} | " + " | ".join(cells) + " |")
     if figure: save_figure(dots(studies), figure)
-    if beside_file: write_json(beside_file, {data: beside(data) for data in studies})
+    if beside_file: write_json(beside_file, (read_json(beside_file) if Path(beside_file).exists() else {}) | {data: beside(data) for data in studies})
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
