@@ -15,8 +15,8 @@ from drifting_kd.kd import CONFIDENCES
 from drifting_kd.plots import COLOURS, Figure, Picture, save_figure, styled, t_interval
 
 PAIRS = [("hinton+ca", "hinton"), ("ca_weighted", "ca_weighted+uniform"), ("dkd+ca", "dkd"), ("hinton+confidence", "hinton"), ("dkd+ls+ca", "dkd+ca"), ("hinton_drift", "hinton"),  # differ in one thing
-         ("ca_weighted+uniform", "hinton"), ("dynamic", "hinton"), ("confidence", "hinton")]                                                                                              # in more
-PAIRS += [(f"hinton+confidence_{c}", "hinton+confidence") for c in ("calibrated", "crossfit")]  # whose confidences open the gate
+         *((f"hinton+confidence_{kind}", other) for kind in ("calibrated", "crossfit") for other in ("hinton+confidence", "hinton")),
+         ("ca_weighted+uniform", "hinton"), ("dkd+ls+ca", "dkd"), ("dynamic", "hinton"), ("confidence", "hinton")]  # in more
 GATED = ("hinton+confidence", "hinton+confidence_calibrated", "hinton+confidence_crossfit", "dynamic", "confidence")
 
 def name_of(group: str) -> str:

@@ -313,7 +313,6 @@ def git_state(folder: Path | None = None) -> dict:
     changed = _command("git", "status", "--porcelain", "--", ":/", ":(top,exclude)figures", ":(top,exclude)benchmarks/results", cwd=folder) if commit else None
     return {"commit": commit, "dirty": bool(changed) if changed is not None else None}
 
-@functools.cache
 def _package(name: str) -> str | None:
     try: return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError: return None

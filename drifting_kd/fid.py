@@ -19,8 +19,8 @@ from .models import Frozen, checkpoint_file, frozen, weights_sha256
 # %% auto #0
 __all__ = ['SCALES', 'MODES', 'SIDE', 'SHIPPED', 'RESERVED', 'STANDS_IN', 'WEIGHTS', 'EXTENSIONS', 'KEYS', 'to_uint8', 'to_rgb',
            'bicubic_weights', 'bicubic', 'resize_for', 'Moments', 'covariance_half', 'frechet_distance', 'Stats',
-           'load_stats', 'Kid', 'kernel', 'mmd', 'mmd_error', 'kernel_distance', 'Infinity', 'fd_infinity', 'Prdc',
-           'nearest', 'prdc', 'variance_ratio', 'class_means', 'class_gaussians', 'nearest_ratio', 'random_pairs',
+           'load_stats', 'Kid', 'mmd', 'mmd_error', 'kernel_distance', 'Infinity', 'fd_infinity', 'Prdc', 'nearest',
+           'prdc', 'variance_ratio', 'class_means', 'class_gaussians', 'nearest_ratio', 'random_pairs',
            'feature_diversity', 'exact_fp32', 'slug', 'Extractor', 'random_extractor', 'prompt_accuracy', 'judge',
            'shipped_judges', 'shipped', 'default_judge', 'read_weights', 'inception', 'vit', 'images_of',
            'as_extractor', 'holds_stats', 'reference_stats', 'Score', 'fid', 'kid']
@@ -295,14 +295,14 @@ class Kid(NamedTuple):
     subsets: int
     size: int      # images of each side in a subset
 
-def kernel(x: Tensor, y: Tensor) -> Tensor:
-    "KID's, of each of x with each of y, in the memory of one product."
+def _kernel(x: Tensor, y: Tensor) -> Tensor:
+    "KID's kernel of each of x with each of y, in the memory of one product."
     return (x @ y.T).div_(x.shape[1]).add_(1).pow_(3)
 
 def mmd(x: Tensor, y: Tensor) -> Tensor:
     "The unbiased squared discrepancy of two sets of the same size under KID's kernel."
-    m, xx, yy = len(x), kernel(x, x), kernel(y, y)
-    return (xx.sum() - xx.trace() + yy.sum() - yy.trace()) / (m * (m - 1)) - 2 * kernel(x, y).mean()
+    m, xx, yy = len(x), _kernel(x, x), _kernel(y, y)
+    return (xx.sum() - xx.trace() + yy.sum() - yy.trace()) / (m * (m - 1)) - 2 * _kernel(x, y).mean()
 
 def mmd_error(real: Tensor, fake: Tensor, # features [N, D], [M, D]
               groups: int = 20, most: int = 5000, seed: int = 0) -> float:
@@ -311,7 +311,7 @@ def mmd_error(real: Tensor, fake: Tensor, # features [N, D], [M, D]
     g = min(groups, len(x), len(y))
     if g < 3: return math.nan
     def sums(a, b, same):
-        k = torch.stack([torch.stack([kernel(p, q).sum() for q in b.tensor_split(g)]) for p in a.tensor_split(g)])
+        k = torch.stack([torch.stack([_kernel(p, q).sum() for q in b.tensor_split(g)]) for p in a.tensor_split(g)])
         if same: k -= torch.diag(torch.stack([((p.square().sum(1) / a.shape[1] + 1) ** 3).sum() for p in a.tensor_split(g)]))  # no image with itself
         return k.sum() - k.sum(0) - k.sum(1) + k.diagonal()
     n, m = (torch.tensor([len(v) - len(p) for p in v.tensor_split(g)], dtype=torch.float64, device=v.device) for v in (x, y))

@@ -12,10 +12,10 @@ from matplotlib.figure import Figure
 from .core import LabError, atomic_write, unknown
 
 # %% auto #0
-__all__ = ['COLOURS', 'STYLE', 'WORDS', 'UNITS', 'LOWER', 'HIGHER', 'DASHES', 'Picture', 'use_style', 'styled', 'save_figure',
-           'keep_figure', 't_interval', 'metric_words', 'label_ends', 'plot_curves', 'as_array', 'as_pixels',
-           'image_grid', 'image_table', 'class_grid', 'confusion_matrix', 'mistakes', 'speed_bars', 'direction_of',
-           'overlapping', 'dots_finding', 'interval_dots', 'first_reach', 'time_to_target', 'wilson',
+__all__ = ['COLOURS', 'STYLE', 'DPI', 'WORDS', 'UNITS', 'LOWER', 'HIGHER', 'DASHES', 'Picture', 'use_style', 'styled',
+           'save_figure', 'keep_figure', 't_interval', 'metric_words', 'label_ends', 'plot_curves', 'as_array',
+           'as_pixels', 'image_grid', 'image_table', 'class_grid', 'confusion_matrix', 'mistakes', 'speed_bars',
+           'direction_of', 'overlapping', 'dots_finding', 'interval_dots', 'first_reach', 'time_to_target', 'wilson',
            'reliability_diagram', 'robustness_curves', 'layer_curves', 'layer_profile', 'channel_grid', 'loss_slices',
            'barrier_curves', 'loss_surface_plot', 'heatmap', 'distance_dots']
 
@@ -24,16 +24,21 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 STYLE = {"font.size": 10, "axes.titlesize": 10, "figure.titlesize": 11, "axes.axisbelow": True, "axes.spines.top": False, "axes.spines.right": False,
          "axes.grid": True, "grid.alpha": .25, "grid.linewidth": .6, "lines.linewidth": 1.6, "axes.prop_cycle": matplotlib.cycler(color=COLOURS), "figure.dpi": 85}
 
+DPI = 150  # of saved figures
+
 class Picture(Figure):
     "A matplotlib figure that shows itself in a notebook without pyplot's list of open figures."
     saved = b""  # the PNG of save_figure
 
     def _repr_png_(self) -> bytes:
         from PIL import Image
-        full, small = io.BytesIO(self.saved), io.BytesIO()
-        if fresh := not self.saved or self.stale: self.savefig(full, format="png", bbox_inches="tight")
-        image = Image.open(full).convert("RGB")
-        if not fresh: image = image.resize([round(n * self.dpi / 150) for n in image.size], Image.Resampling.BICUBIC)  # drawing it again would take ten times as long
+        small = io.BytesIO()
+        if self.saved and not self.stale:
+            image = Image.open(io.BytesIO(self.saved)).convert("RGB")
+            image = image.resize([round(n * self.dpi / DPI) for n in image.size], Image.Resampling.BICUBIC)  # drawing it again would take longer
+        else:
+            self.savefig(full := io.BytesIO(), format="png", bbox_inches="tight")
+            image = Image.open(full).convert("RGB")
         image.quantize(64, dither=Image.Dither.NONE).save(small, format="png", optimize=True)  # 64 colours: a quarter of the bytes in a notebook
         return small.getvalue()
 
@@ -55,7 +60,7 @@ def save_figure(fig: Figure, path: str | Path) -> Path:
     if path.suffix != ".png": raise LabError(f"figure {path.name!r}: expected a name that ends in .png")
     path.parent.mkdir(parents=True, exist_ok=True)
     drawn = io.BytesIO()
-    fig.savefig(drawn, format="png", dpi=150, bbox_inches="tight", metadata={"Software": None})
+    fig.savefig(drawn, format="png", dpi=DPI, bbox_inches="tight", metadata={"Software": None})
     fig.saved, fig.stale = drawn.getvalue(), False
     with atomic_write(path) as f: f.write(fig.saved)
     return path
@@ -221,11 +226,13 @@ def image_grid(images,                       # uint8 or float, NHWC or NCHW
 def image_table(ax,
                 rows: list,   # of images [n, H, W, 3], at most `columns` in each
                 columns: int) -> None:
-    "Rows of images as one: hundreds of them take matplotlib a second."
-    sides = rows[0].shape[1:3]
-    zoom = math.ceil(32 / max(sides))  # so that a pixel of margin is thin
-    tiles = np.full((len(rows), columns, *(zoom * n + 2 for n in sides), 3), 1.)
-    for row, images in enumerate(rows): tiles[row, :len(images), 1:-1, 1:-1] = images.repeat(zoom, 1).repeat(zoom, 2)
+    "Draw rows of images as one image; hundreds of single ones would take matplotlib a second."
+    longest = max(rows[0].shape[1:3])
+    zoom, skip = math.ceil(32 / longest), math.ceil(longest / 128)  # as many pixels as can be seen
+    pixels = [(255 * images[:, ::skip, ::skip] + .5).astype(np.uint8).repeat(zoom, 1).repeat(zoom, 2) for images in rows]
+    edge, (h, w) = math.ceil(.02 * max(pixels[0].shape[1:3])), pixels[0].shape[1:3]
+    tiles = np.full((len(rows), columns, h + 2 * edge, w + 2 * edge, 3), 255, np.uint8)
+    for row, images in enumerate(pixels): tiles[row, :len(images), edge:-edge, edge:-edge] = images
     ax.imshow(np.hstack(np.hstack(tiles)), extent=(0, columns, len(rows), 0), interpolation="nearest")
     ax.set_aspect("equal")
     ax.grid(False), ax.spines[:].set_visible(False), ax.tick_params(length=0)

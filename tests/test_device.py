@@ -26,7 +26,7 @@ def trained(settings: dict, code: str = "") -> dict:
 @pytest.mark.parametrize("settings", [
     dict(epochs=2, optimizer="adamw", layer_norms=True, ema_decay=.9, grad_clip=1., noise=.1, accumulation=2), dict(optimizer="muon", precision="bf16", model="mobilenet_v2_half"),
     DRIFT, DRIFT | dict(queue=20, model="unet_tiny"), DRIFT | dict(model="dit_tiny", chunk=4, encoder="mae", encoder_epochs=1, multi_scale=False),
-    DISTILL | dict(method="dynamic", confidences="crossfit", feature="fitnet"), DISTILL | dict(method="confidence", cache="ahead")], ids=["classify", "bf16", "drift", "queue", "encoder", "distill", "cache"])
+    DISTILL | dict(method="dynamic", confidences="crossfit", feature="fitnet"), DISTILL | dict(epochs=2, method="confidence", cache="ahead")], ids=["classify", "bf16", "drift", "queue", "encoder", "distill", "cache"])
 def test_a_family_trains_where_the_data_are(lab, settings):
     assert trained(SMALL | settings) == {}
 
