@@ -29,7 +29,7 @@ __all__ = ['GATES', 'LOSSES', 'WEIGHTS', 'VIEWS', 'METHODS', 'FEATURE_WEIGHTS', 
            'source_file', 'words_of_sources', 'load_teacher', 'Teachers', 'halves', 'fold_splits', 'fit_temperature',
            'log_odds', 'quantiles_by_class', 'transport', 'Calibration', 'plot_confidences', 'cache_bytes',
            'disk_bytes', 'cache_facts', 'cache_folder', 'ViewCache', 'HostBatches', 'DistillConfig', 'train_teachers',
-           'train_baseline', 'Distill', 'ensemble', 'plot_gates', 'student_file', 'evaluate_student']
+           'train_baseline', 'Distill', 'votes', 'plot_gates', 'student_file', 'evaluate_student']
 
 # %% ../nbs/12_kd.ipynb #c005
 def _wide(x: Tensor) -> Tensor: return x if x.dtype == torch.float64 else x.float()
@@ -662,7 +662,7 @@ class Teachers:
                  dtype: torch.dtype = torch.float32): # bfloat16 for speed
         found = sources if isinstance(sources, (list, tuple)) else words_of_sources(sources)
         if not found: raise LabError("no teachers; give run names, checkpoint files, artifacts or published networks")
-        self.data, self.device, self.caches, self.calibration = data, torch.device(device), [], None
+        self.data, self.device, self.caches, self.test_caches, self.calibration = data, torch.device(device), [], [], None
         self.all = [load_teacher(s, data, device, dtype) for s in found]
 
     def __len__(self) -> int: return len(self.all)
@@ -672,9 +672,11 @@ class Teachers:
         "Live logits."
         return torch.stack([t.logits(x) for t in self.all])
 
-    def __call__(self, batch: Batch) -> Tensor: # fp32 [K, B, C]
-        "The logits of a batch of training or validation images: from the caches, where `cache` has opened them, else live."
-        return torch.stack([c(batch.x, batch.index, batch.view) for c in self.caches]) if self.caches else self.logits(batch.x)
+    def __call__(self, batch: Batch, test: bool = False) -> Tensor: # fp32 [K, B, C]
+        "The logits of a batch of training or validation images, or of test images as they are: from the caches, where `cache` has opened them, else live."
+        caches = self.test_caches if test else self.caches
+        view = torch.zeros_like(batch.view) if test else batch.view  # of one
+        return torch.stack([c(batch.x, batch.index, view) for c in caches]) if caches else self.logits(batch.x)
 
     def rows(self) -> list[dict]:
         "One record a teacher: what a tracker keeps and a table shows."
@@ -851,14 +853,14 @@ def disk_bytes(folder: Path) -> int:
     "What a folder's files take, holes left out."
     return sum(getattr(s, "st_blocks", -(-s.st_size // 512)) * 512 for s in (f.stat() for f in folder.glob("*")))  # Windows counts no blocks
 
-def cache_facts(teacher: Teacher, data: Dataset) -> dict:
+def cache_facts(teacher: Teacher, data: Dataset, test: bool = False) -> dict:
     "All that decides what is in a cache."
     return dict(teacher=teacher.net.sha256, architecture=teacher.architecture, spec=plain(getattr(teacher.net.model, "spec", {})), dtype=str(teacher.net.dtype), size=teacher.net.size, data=data.sha256, image_size=data.image_size,
-                views=num_views(data.crop_padding, data.flip), classes=data.num_classes)
+                views=1 if test else num_views(data.crop_padding, data.flip), classes=data.num_classes) | (dict(split="test") if test else {})
 
-def cache_folder(teacher: Teacher, data: Dataset, folder: str | Path = "") -> Path:
+def cache_folder(teacher: Teacher, data: Dataset, folder: str | Path = "", test: bool = False) -> Path:
     "Where a teacher's cache is: in `folder` (\"\" is runs/.cache/teachers), under a hash of the facts."
-    key = hashlib.sha256(json.dumps(cache_facts(teacher, data), sort_keys=True).encode()).hexdigest()[:32]
+    key = hashlib.sha256(json.dumps(cache_facts(teacher, data, test), sort_keys=True).encode()).hexdigest()[:32]
     return Path(folder or runs_folder() / ".cache" / "teachers") / key
 
 def _write_rows(path: Path, rows: np.ndarray, values: np.ndarray) -> None:
@@ -871,12 +873,14 @@ def _write_rows(path: Path, rows: np.ndarray, values: np.ndarray) -> None:
 
 # %% ../nbs/12_kd.ipynb #c119
 class ViewCache:
-    "A teacher's logits of every view of the training and validation images, on the disk."
-    def __init__(self, teacher: Teacher, data: Dataset, folder: str | Path = ""): # "" is runs/.cache/teachers
-        self.teacher, self.data, self.facts, self.path = teacher, data, cache_facts(teacher, data), cache_folder(teacher, data, folder)
-        self.views, self.classes = self.facts["views"], data.num_classes
-        self.rows = self.views * (1 + max(int(s.indices.max()) for s in (data.train, data.val) if len(s)))
-        self.places = [(s, torch.full((self.rows // self.views,), -1)) for s in (data.train, data.val)]  # where the image of an index is
+    "A teacher's logits of every view of the training and validation images, or of the test images as they are, on the disk."
+    def __init__(self, teacher: Teacher, data: Dataset, folder: str | Path = "", # "" is runs/.cache/teachers
+                 test: bool = False):
+        self.teacher, self.data, self.facts, self.path = teacher, data, cache_facts(teacher, data, test), cache_folder(teacher, data, folder, test)
+        self.views, self.classes, self.padding = self.facts["views"], data.num_classes, 0 if test else data.crop_padding
+        parts = [s for s in ([data.test] if test else [data.train, data.val]) if len(s)]
+        self.rows = self.views * (1 + max(int(s.indices.max()) for s in parts))
+        self.places = [(s, torch.full((self.rows // self.views,), -1)) for s in parts]  # where the image of an index is
         for s, place in self.places: place[s.indices] = torch.arange(len(s))
         self.computed = self.damaged = 0  # rows, so far
         self.storing = True
@@ -902,7 +906,7 @@ class ViewCache:
         index, view = index.cpu().numpy(), view.cpu().numpy()
         rows = index * self.views + view
         if len(rows) and not (0 <= view.min() and view.max() < self.views and 0 <= index.min() and rows.max() < self.rows):
-            raise LabError(f"index {index.min()}..{index.max()}, view {view.min()}..{view.max()}: the cache of {self.data.name} has training images 0..{self.rows // self.views - 1} with views 0..{self.views - 1}")
+            raise LabError(f"index {index.min()}..{index.max()}, view {view.min()}..{view.max()}: the cache of {self.data.name} has images 0..{self.rows // self.views - 1} with views 0..{self.views - 1}")
         return rows
 
     def _check(self, values: np.ndarray, rows: np.ndarray) -> np.ndarray:
@@ -965,10 +969,10 @@ def _check_pixels(self: ViewCache, x: Tensor, index: Tensor, view: Tensor, rows:
     right = torch.zeros(len(x), dtype=torch.bool)
     for split, place in self.places:
         mine = (place[index] >= 0).nonzero()[:, 0]
-        if len(mine): right[mine] = (view_pixels(split.images[place[index[mine]]], view[mine], self.data.crop_padding) == x[mine]).flatten(1).all(1)
+        if len(mine): right[mine] = (view_pixels(split.images[place[index[mine]]], view[mine], self.padding) == x[mine]).flatten(1).all(1)
     if right.all(): return
     i = int(right.int().argmin())
-    raise LabError(f"image {int(index[i])} in view {int(view[i])} is not the one that the cache of {self.data.name} means; caches know training and validation images only, ask others with Teachers.logits")
+    raise LabError(f"image {int(index[i])} in view {int(view[i])} is not the one that the cache of {self.data.name} means; it knows {'test images' if self.facts.get('split') else 'training and validation images'} only, ask others with Teachers.logits")
 
 @patch
 def fill(self: ViewCache,
@@ -984,7 +988,7 @@ def fill(self: ViewCache,
         row, view = rows.repeat_interleave(len(views)), views.repeat(len(rows))
         missing = torch.from_numpy(~self.get(split.indices[row], view)[1])
         row, view = row[missing], view[missing]
-        if len(row): self(view_pixels(split.images[row].to(device), view.to(device), self.data.crop_padding), split.indices[row], view)
+        if len(row): self(view_pixels(split.images[row].to(device), view.to(device), self.padding), split.indices[row], view)
         if not self.storing: raise LabError(f"the teacher cache {self.path} cannot be filled; free the disk, or let teachers run live")
     return self.computed - before
 
@@ -995,7 +999,7 @@ def cache(self: Teachers,
           epochs: int = 0,          # that will be seen; 0: all views, as `fill` makes them
           seeds: int = 1,           # that will see them
          ) -> str:
-    "From now on, logits of training and validation images are kept; returns what that may take, in words."
+    "From now on, logits of training, validation and test images are kept; returns what that may take, in words."
     data, views = self.data, num_views(self.data.crop_padding, self.data.flip)
     images = len(data.train) + len(data.val)
     folders = {cache_folder(t, data, folder) for t in self.all}
@@ -1005,7 +1009,7 @@ def cache(self: Teachers,
     there = next(p for p in (place, *place.absolute().parents) if p.exists())
     free = shutil.disk_usage(there).free
     if need - sum(map(disk_bytes, folders)) > free / 2: raise LabError(f"the teacher cache would take over half of the disk's free room ({words}; {free / 1e9:.2g} GB are free); free the disk, use cache='lazy', or let teachers run live")
-    self.caches = [ViewCache(t, data, folder) for t in self.all]
+    self.caches, self.test_caches = [ViewCache(t, data, folder) for t in self.all], [ViewCache(t, data, folder, test=True) for t in self.all]
     return words
 
 class HostBatches(Batches):
@@ -1141,7 +1145,8 @@ class Distill(Classify):
     "Learning from labels and teachers."
     def __init__(self, model: nn.Module, data: Dataset, cfg: DistillConfig):
         super().__init__(model, data, cfg)
-        self.method, self.teachers, self.regressors, self.chosen = cfg.composition(), None, nn.ModuleDict(), {}
+        self.method, self.teachers, self.regressors, self.said = cfg.composition(), None, nn.ModuleDict(), {}
+        self.epoch_steps, self.total = cfg.length(cfg.batches(len(data.train)))
         (self.feature, self.feature_weight), self.kind = cfg.term(), "crossfit" if cfg.confidences == "folds" else cfg.confidences
         self.selection = halves(data.val, cfg.split_seed)[1]
         if self.feature == "drift" and cfg.batch_size < 2 * data.num_classes:
@@ -1156,15 +1161,15 @@ class Distill(Classify):
             if cfg.feature: self.try_feature()
 
     def load_teachers(self, device) -> Teachers:
-        return Teachers(self.sources, self.data, device, torch.bfloat16 if self.cfg.precision == "bf16" else torch.float32)
+        teachers = Teachers(self.sources, self.data, device, torch.bfloat16 if self.cfg.precision == "bf16" else torch.float32)
+        if self.cfg.cache != "off": teachers.cache(epochs=math.ceil(self.total / self.epoch_steps) if self.cfg.cache == "lazy" else 0)
+        return teachers
 
     def setup(self, device, rank: int = 0, world: int = 1) -> None:
         super().setup(device, rank, world)
         cfg = self.cfg
-        self.epoch_steps, self.total = cfg.length(cfg.batches(len(self.data.train)))
         if not self.teachers: return
         if torch.device(device).type != "cpu": self.teachers = self.load_teachers(device)
-        if cfg.cache != "off": self.teachers.cache(epochs=math.ceil(self.total / self.epoch_steps) if cfg.cache == "lazy" else 0)
         if len(self.data.val) and not self.teachers.calibration: self.teachers.calibrate(cfg.split_seed)  # refuses what guesses, before hours of filling
         if cfg.cache == "ahead":
             for cache in self.teachers.caches: cache.fill(rank=rank, world=world)
@@ -1261,18 +1266,22 @@ def make_regressors(self: Distill) -> None:
 
 # %% ../nbs/12_kd.ipynb #c145
 @torch.no_grad()
-def ensemble(teachers: Teachers, batches) -> Tensor: # [N]
-    "The class of the teachers' mean probability."
-    return torch.cat([teachers.logits(b.x).softmax(-1).mean(0).argmax(-1) for b in batches])
+def votes(answers) -> Tensor: # logits [K, B, C] of batch after batch -> [N, 1 + K]
+    "The class of the teachers' mean probability, and each teacher's own."
+    return torch.cat([torch.stack([z.softmax(-1).mean(0).argmax(-1), *z.argmax(-1)], 1) for z in answers])
+
+@patch
+def teachers_say(self: Distill, split: str) -> np.ndarray: # [N, 1 + K]
+    "`votes` on a whole split, over all processes."
+    if split not in self.said: self.said[split], = self.gather(votes(self.teachers(b, test=split == "test") for b in self.in_order(split)))
+    return self.said[split]
 
 @patch
 def evaluate(self: Distill, model: nn.Module, split: str) -> dict:
     if not len(self.part(split)): return {}
     logits, labels = self.logits(model, split)
     found = classification_metrics(logits, labels)
-    if self.teachers:
-        if split not in self.chosen: self.chosen[split], = self.gather(ensemble(self.teachers, self.in_order(split)))
-        found["teacher_agreement"] = float((logits.argmax(1) == self.chosen[split]).mean())
+    if self.teachers: found["teacher_agreement"] = float((logits.argmax(1) == self.teachers_say(split)[:, 0]).mean())
     return {f"{split}/{k}": v for k, v in found.items()}
 
 @patch
@@ -1282,7 +1291,7 @@ def taught_by(self: Distill) -> dict:
 
 @patch
 def summary(self: Distill) -> dict:
-    computed = sum(c.computed for c in self.teachers.caches) if self.teachers else 0
+    computed = sum(c.computed for c in self.teachers.caches + self.teachers.test_caches) if self.teachers else 0
     return self.taught_by() | (dict(cache_computed=computed) if self.cfg.cache != "off" else {})
 
 @patch
@@ -1362,7 +1371,7 @@ def evaluate_student(source,               # run name, run folder, checkpoint fi
         asked = Teachers(words, data, device, torch.bfloat16 if half else torch.float32) if words else None
         told = [] if teachers else [r["sha256"] for r in task.get("teacher_rows", [])]
         if told and told != (now := [t.net.sha256 for t in asked]): raise LabError(f"its teachers are others now: their hashes were {[h[:12] for h in told]}, and are {[h[:12] for h in now]}")
-        if asked: found["teacher_agreement"] = float((logits.argmax(1) == ensemble(asked, batches).cpu()).double().mean())
+        if asked: found["teacher_agreement"] = float((logits.argmax(1) == votes(asked.logits(b.x) for b in batches)[:, 0].cpu()).double().mean())
     except LabError as e:
         if teachers: raise
         warnings.warn(f"{source}: no teacher agreement, because {e}")
