@@ -1009,7 +1009,7 @@ def cache(self: Teachers,
     there = next(p for p in (place, *place.absolute().parents) if p.exists())
     free = shutil.disk_usage(there).free
     if need - sum(map(disk_bytes, folders)) > free / 2: raise LabError(f"the teacher cache would take over half of the disk's free room ({words}; {free / 1e9:.2g} GB are free); free the disk, use cache='lazy', or let teachers run live")
-    self.caches, self.test_caches = [ViewCache(t, data, folder) for t in self.all], [ViewCache(t, data, folder, test=True) for t in self.all]
+    self.caches, self.test_caches = [ViewCache(t, data, folder) for t in self.all], [ViewCache(t, data, folder, test=True) for t in self.all if len(data.test)]
     return words
 
 class HostBatches(Batches):
