@@ -117,8 +117,8 @@ def execute(notebook: Path, typed: dict, output: Path) -> None:
     try:
         try: attempt()
         except RuntimeError as e:
-            if "Kernel died before replying" not in str(e): raise
-            attempt()  # kernels that start at once can be given the same port, by Jupyter itself; nothing has run yet
+            if not re.match("Kernel (died before replying|didn't respond)", str(e)): raise
+            attempt()  # kernels that start at once can be given the same port, by Jupyter itself: one dies or stays silent; nothing has run yet
     except papermill.PapermillExecutionError as e:
         raise LabError(f"{e.evalue if e.ename == 'LabError' else f'{e.ename}: {e.evalue}'}{where}") from None
     except NoSuchKernel as e:

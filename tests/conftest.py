@@ -1,5 +1,5 @@
 "Shared by the tests that need real processes."
-import json, multiprocessing, multiprocessing.connection, os, signal, subprocess, sys, threading
+import json, multiprocessing, multiprocessing.connection, os, re, signal, subprocess, sys, threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 import pytest
@@ -55,6 +55,13 @@ def forked(words: list[str], timeout: float = 120) -> subprocess.CompletedProces
     with BOOKS: process.join()
     if late.is_set(): raise subprocess.TimeoutExpired(words, timeout, out, err)
     return subprocess.CompletedProcess(words, process.exitcode, out, err)
+
+def python(*words, stdout=subprocess.PIPE, timeout: float = 120, **options) -> subprocess.CompletedProcess:
+    "Python with these words; again where its kernel did not come up: two that start at once can be given the same port, by Jupyter itself."
+    for _ in range(3):
+        done = subprocess.run([sys.executable, *map(str, words)], stdout=stdout, stderr=subprocess.PIPE, text=True, timeout=timeout, **options)
+        if not re.search("Kernel (died before replying|didn't respond)", done.stderr): break
+    return done
 
 def losses(run: Path) -> list:
     "The numbers of a run that must not depend on when or where it ran."

@@ -2,6 +2,7 @@
 import json, os, signal, subprocess, sys, time
 from pathlib import Path
 import pytest
+from conftest import python
 
 SETUP = """from dataclasses import dataclass
 import drifting_kd.core
@@ -55,9 +56,9 @@ def root(tmp_path):
     return tmp_path
 
 
-def call(root, *words, module="drifting_kd.cli", cwd=None, **kwargs):
-    env = os.environ | {"DKD_ROOT": str(root), "OMP_NUM_THREADS": "1"}
-    return subprocess.run([sys.executable, "-m", module, *map(str, words)], capture_output=True, text=True, env=env, cwd=cwd or root, timeout=120, **kwargs)
+def call(root, *words, cwd=None, **env):
+    env = os.environ | {"DKD_ROOT": str(root), "OMP_NUM_THREADS": "1"} | env
+    return subprocess.run([sys.executable, "-m", "drifting_kd.cli", *map(str, words)], capture_output=True, text=True, env=env, cwd=cwd or root, timeout=150)
 
 
 def config(root, name): return json.loads((root / "runs" / name / "config.json").read_text())
@@ -123,6 +124,26 @@ def test_a_killed_kernel_and_a_run_that_does_not_finish_fail(root):
     assert "killed" in call(root, "runs", "--state", "stopped").stdout
 
 
+CLASH = """import json, os, runpy, socket, sys
+port, first = sys.argv.pop(), "starts"
+with open(first, "a") as f: print(os.getpid(), file=f)
+if len(open(first).readlines()) == 1:
+    taken = socket.create_server(("127.0.0.1", json.load(open(sys.argv[2]))[port]))
+runpy.run_module("ipykernel_launcher", run_name="__main__")"""
+
+
+@pytest.mark.parametrize("port", ["shell_port", pytest.param("iopub_port", marks=pytest.mark.slow)])  # ipykernel dies of the first, and hangs in its own end with the second: papermill waits a minute
+def test_a_kernel_whose_port_was_taken_is_started_again(root, port):
+    spec = root / "jupyter" / "kernels" / "clash"
+    spec.mkdir(parents=True)
+    (spec / "kernel.json").write_text(json.dumps(dict(argv=[sys.executable, "-c", CLASH, "-f", "{connection_file}", port], display_name="clash", language="python")))
+    write_notebook(root / "nbs" / "train.ipynb", kernel="clash")
+    done = call(root, "run", "train", "-p", "run_name", "again", JUPYTER_PATH=str(root / "jupyter"))
+    assert done.returncode == 0 and (root / "runs/again/metrics.json").exists(), done.stderr
+    pids = (root / "starts").read_text().split()
+    assert len(pids) == 2 and not Path(f"/proc/{pids[0]}").exists()  # the silent one was stopped
+
+
 def test_interrupt(root):
     env = os.environ | {"DKD_ROOT": str(root)}
     process = subprocess.Popen([sys.executable, "-m", "drifting_kd.cli", "run", "train", "-p", "fault", "hang", "-p", "run_name", "slow"], env=env, cwd=root, text=True,
@@ -139,7 +160,7 @@ def test_interrupt(root):
 
 
 def test_plain_papermill_is_strict_too(root):
-    run = lambda *words: call(root, "nbs/train.ipynb", root / "out.ipynb", *words, module="papermill")
+    run = lambda *words: python("-m", "papermill", "nbs/train.ipynb", root / "out.ipynb", *words, cwd=root, env=os.environ | dict(DKD_ROOT=str(root)))
     done = run("-p", "fast", "false")  # for papermill this is the text "false", which is true
     assert done.returncode != 0 and "fast='false' (str): expected True or False" in done.stderr and not (root / "runs").exists()
     done = run("-p", "epocs", "3")

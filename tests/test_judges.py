@@ -3,7 +3,7 @@ import hashlib, json, os, shutil, subprocess, sys, zipfile
 from pathlib import Path
 import numpy as np
 import pytest, torch
-from conftest import ROOT
+from conftest import ROOT, python
 from drifting_kd.core import LabError, read_json
 from drifting_kd.data import load_dataset
 from drifting_kd.fid import SHIPPED, as_extractor, default_judge, fid, shipped, shipped_judges
@@ -16,9 +16,7 @@ NO_NETWORK = ["digits", "shapes"]  # whose data are there everywhere
 def notebook(root: Path, *words, timeout: int = 200) -> tuple[dict, str, Path]:
     "evaluators.ipynb through papermill in a root of its own: what judge.json says, what was printed, the run."
     env = {k: v for k, v in os.environ.items() if k != "IN_TEST"} | dict(DKD_ROOT=str(root), OMP_NUM_THREADS="1", OMP_WAIT_POLICY="passive", MPLBACKEND="agg")
-    for _ in range(3):  # two kernels that start at once can be given the same port, by Jupyter itself
-        done = subprocess.run([sys.executable, "-m", "papermill", str(ROOT / "nbs/evaluators.ipynb"), str(root / "out.ipynb"), "-p", "tracker", "none", *map(str, words)], capture_output=True, text=True, env=env, timeout=timeout)
-        if "Kernel died before replying" not in done.stderr: break
+    done = python("-m", "papermill", ROOT / "nbs/evaluators.ipynb", root / "out.ipynb", "-p", "tracker", "none", *words, env=env, timeout=timeout)
     assert done.returncode == 0, done.stderr[-3000:]
     text = "".join("".join(o.get("text", "")) for c in json.loads((root / "out.ipynb").read_text())["cells"] for o in c.get("outputs", []))
     run = next(p.parent for p in sorted((root / "runs").glob("*/judge.json")))

@@ -1,9 +1,9 @@
 "The notebooks' form, and train.ipynb as its users run it: papermill from any folder, with and without an output path, and twice in one kernel."
-import ast, dataclasses, dis, importlib, json, os, re, subprocess, sys
+import ast, dataclasses, dis, importlib, json, os, re, subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 import papermill, pytest, yaml
-from conftest import ROOT, losses, same_weights
+from conftest import ROOT, losses, python, same_weights
 
 ORDER = "core < track, data, plots < models, generators < fid < train < analysis, report, diffusion < drift < kd < driftkd, judges < evaluate, frameworks < sweep < cli"
 LEVEL = {name: level for level, names in enumerate(ORDER.split(" < ")) for name in names.split(", ")}
@@ -117,18 +117,13 @@ def ran(tmp_path_factory):
     for name, root in roots.items(): retag(root, tagged=name != "tag")
     (base / "elsewhere").mkdir()
     env = {k: v for k, v in os.environ.items() if k not in ("DKD_ROOT", "IN_TEST")} | dict(OMP_NUM_THREADS="1", OMP_WAIT_POLICY="passive", MPLBACKEND="agg")
-    def call(command, cwd, stdout=subprocess.PIPE, **more):
-        for _ in range(3):  # two kernels that start at once can be given the same port, by Jupyter itself
-            done = subprocess.run([sys.executable, *map(str, command)], cwd=cwd, stdout=stdout, stderr=subprocess.PIPE, text=True, env=env | more, timeout=120)
-            if "Kernel died before replying" not in done.stderr: break
-        return done
-    def papermill(*words, cwd=roots["good"], **kwargs): return call(["-m", "papermill", *words, *WORDS], cwd, **kwargs)
+    def papermill(*words, cwd=roots["good"], stdout=subprocess.PIPE, **more): return python("-m", "papermill", *words, *WORDS, cwd=cwd, stdout=stdout, env=env | more)
     def piped():
         with open(base / "out.ipynb", "w") as out: return papermill("train.ipynb", "-p", "run_name", "nbs", cwd=roots["good"] / "nbs", stdout=out)
     def refused(name, *words): return papermill("nbs/train.ipynb", base / f"{name}.ipynb", *words, cwd=roots[name])
     jobs = dict(root=lambda: papermill("nbs/train.ipynb", base / "root.ipynb", "-p", "run_name", "root"), nbs=piped,
                 elsewhere=lambda: papermill(roots["good"] / "nbs/train.ipynb", "deep.ipynb", "-p", "run_name", "elsewhere", cwd=base / "elsewhere", DKD_ROOT=str(roots["good"])),
-                twice=lambda: call(["-c", TWICE, "".join(f"\n{k} = {v!r}" for k, v in TINY.items())], roots["twice"]),
+                twice=lambda: python("-c", TWICE, "".join(f"\n{k} = {v!r}" for k, v in TINY.items()), cwd=roots["twice"], env=env),
                 misspelt=lambda: refused("misspelt", "-p", "optimiser", "adamw"), type=lambda: refused("type", "-p", "resume", "false"), tag=lambda: refused("tag"))
     with ThreadPoolExecutor(2) as pool: done = {name: pool.submit(job) for name, job in jobs.items()}
     return base, {name: future.result() for name, future in done.items()}

@@ -1,10 +1,10 @@
 "report.ipynb as its users run it, on run folders written here: what it says, what it keeps, and what it refuses."
-import json, os, subprocess, sys
+import json, os
 from dataclasses import dataclass
 import numpy as np
 import pytest
 from scipy import stats
-from conftest import ROOT
+from conftest import ROOT, python
 from drifting_kd import core
 from drifting_kd.core import Config, Run, environ, param
 
@@ -42,10 +42,7 @@ def root(tmp_path_factory):
 
 def call(root, *words, cwd=None):
     env = {k: v for k, v in os.environ.items() if k != "IN_TEST"} | dict(DKD_ROOT=str(root), OMP_NUM_THREADS="1", OMP_WAIT_POLICY="passive", MPLBACKEND="agg")
-    for _ in range(3):  # two kernels that start at once can be given the same port, by Jupyter itself
-        done = subprocess.run([sys.executable, "-m", *map(str, words)], cwd=cwd or root, capture_output=True, text=True, env=env, timeout=120)
-        if "Kernel died before replying" not in done.stderr: break
-    return done
+    return python("-m", *words, cwd=cwd or root, env=env)
 
 @pytest.fixture(scope="module")
 def made(root):
