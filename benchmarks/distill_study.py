@@ -14,9 +14,10 @@ from drifting_kd.core import LabError, read_json, runs_folder, write_json
 from drifting_kd.kd import CONFIDENCES
 from drifting_kd.plots import COLOURS, Figure, Picture, save_figure, styled, t_interval
 
-PAIRS = [("hinton+ca", "hinton"), ("ca_weighted", "ca_weighted+uniform"), ("dkd+ca", "dkd"), ("hinton+confidence", "hinton"), ("dkd+ls+ca", "dkd+ca"), ("hinton_drift", "hinton"),  # differ in one thing
-         *((f"hinton+confidence_{kind}", other) for kind in ("calibrated", "crossfit") for other in ("hinton+confidence", "hinton")),
-         ("ca_weighted+uniform", "hinton"), ("dkd+ls+ca", "dkd"), ("dynamic", "hinton"), ("confidence", "hinton")]  # in more
+PAIRS = [("hinton+ca", "hinton"), ("ca_weighted", "ca_weighted+uniform"), ("dkd+ca", "dkd"), ("hinton+confidence", "hinton"), ("hinton_drift", "hinton"),  # differ in one thing
+         *((f"hinton+confidence_{kind}", "hinton+confidence") for kind in ("calibrated", "crossfit")),
+         *((f"hinton+confidence_{kind}", "hinton") for kind in ("calibrated", "crossfit")), ("dkd+ls+ca", "dkd+ca"), ("dkd+ls+ca", "dkd"),  # in more
+         *((method, "hinton") for method in ("ca_weighted+uniform", "dynamic", "confidence", "nkd", "dist", "dkd"))]
 GATED = ("hinton+confidence", "hinton+confidence_calibrated", "hinton+confidence_crossfit", "dynamic", "confidence")
 
 def name_of(group: str) -> str:
@@ -52,14 +53,16 @@ def dots(studies: dict) -> Figure:
 
 def beside(data: str) -> dict:
     "Teachers, saturated gates and paired differences (last epoch, points, 95 % t-interval) of one matrix."
-    def seeds(method: str, key: str) -> dict: return {int(p.name.rsplit("-s", 1)[1]): read_json(p / "metrics.json")[key] for p in runs_folder().glob(f"distill_{data}-{method}-s[0-9]*") if (p / "metrics.json").exists()}
+    def summaries(method: str) -> dict: return {read_json(p.parent / "config.json")["seed"]: read_json(p) for p in sorted(runs_folder().glob(f"distill_{data}-{method}-s[0-9]*/metrics.json"))}
+    def seeds(method: str, key: str) -> dict: return {seed: found[key] for seed, found in summaries(method).items()}
     def paired(a: str, b: str) -> dict:
         x, y = (seeds(m, "test/last_accuracy") for m in (a, b))
         if x.keys() != y.keys() or len(x) < 2: raise LabError(f"{a} has seeds {sorted(x)} and {b} has {sorted(y)}: expected the same ones, two or more")
         points = [100 * (x[seed] - y[seed]) for seed in sorted(x)]
         mean, half = map(float, t_interval(points))
         return dict(seeds=points, mean=mean, low=mean - half, high=mean + half)
-    teachers = [read_json(p / "metrics.json")["test/last_accuracy"] for p in sorted(runs_folder().glob(f"teacher-{data}-*"))]
+    asked = sorted({t for m in {*sum(PAIRS, ())} for found in summaries(m).values() for t in found.get("teachers", [])})
+    teachers = [read_json(runs_folder() / name / "metrics.json")["test/last_accuracy"] for name in asked]
     there = {m for m in {*GATED, *sum(PAIRS, ())} if seeds(m, "test/last_accuracy")}
     return dict(teachers=teachers, gate_saturated={m: [v for _, v in sorted(seeds(m, "train/gate_saturated").items())] for m in GATED if m in there}, paired={f"{a} minus {b}": paired(a, b) for a, b in PAIRS if {a, b} <= there})
 

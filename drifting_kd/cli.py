@@ -113,12 +113,16 @@ def execute(notebook: Path, typed: dict, output: Path) -> None:
         output.open("a").close()  # a folder of that name, or one that is not ours to write to
     except OSError as e: raise LabError(f"cannot write {output} ({e.strerror}); give --output the name of a notebook to make") from None
     where = f"; the traceback is in {_show(output)}"
-    def attempt(): papermill.execute_notebook(str(notebook), str(output), parameters=typed, cwd=str(project_root()), progress_bar=False, stdout_file=sys.stdout, stderr_file=sys.stderr)
     try:
-        try: attempt()
-        except RuntimeError as e:
-            if not re.match("Kernel (died before replying|didn't respond)", str(e)): raise
-            attempt()  # kernels that start at once can be given the same port, by Jupyter itself: one dies or stays silent; nothing has run yet
+        for chance in (1, 2):  # kernels that start at once can be given the same port, by Jupyter itself: one dies or stays silent; nothing has run yet
+            try:
+                papermill.execute_notebook(str(notebook), str(output), parameters=typed, cwd=str(project_root()), progress_bar=False, stdout_file=sys.stdout, stderr_file=sys.stderr)
+                break
+            except RuntimeError as e:
+                if not re.match("Kernel (died before replying|didn't respond)", str(e)): raise
+                if chance == 1: continue
+                if new: output.unlink(missing_ok=True)
+                raise LabError(f"the notebook's kernel does not start ({e}, twice); see what it says: {sys.executable} -m ipykernel") from None
     except papermill.PapermillExecutionError as e:
         raise LabError(f"{e.evalue if e.ename == 'LabError' else f'{e.ename}: {e.evalue}'}{where}") from None
     except NoSuchKernel as e:

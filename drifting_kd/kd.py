@@ -843,11 +843,13 @@ def plot_confidences(kinds: dict,     # kind -> [B] confidences on training imag
 PAGE = 4096
 
 def cache_bytes(images: int, views: int, classes: int,
-                epochs: int = 0, # that will be seen; 0: all views
+                epochs: int = 0,   # that will be seen; 0: all views
+                numbers: int = 0,  # from 0 to the largest index of an image; 0: there are no others
                ) -> int:
-    "The most that one teacher's cache can come to take on the disk."
-    logits = views * 2 * classes
-    return images * ((min(logits, epochs * 2 * PAGE) if epochs else logits) + views * 4)
+    "The most that one teacher's cache can come to take on the disk, whose pages hold images that are left out, too."
+    pages = lambda width: (-(-(width - 1) // PAGE) + 1) * PAGE  # that so many bytes can lie in
+    def file(width): return min((numbers or images) * views * width, images * (min(pages(views * width), epochs * pages(width)) if epochs else pages(views * width)))
+    return file(2 * classes) + file(4)
 
 def disk_bytes(folder: Path) -> int:
     "What a folder's files take, holes left out."
@@ -855,7 +857,7 @@ def disk_bytes(folder: Path) -> int:
 
 def cache_facts(teacher: Teacher, data: Dataset, test: bool = False) -> dict:
     "All that decides what is in a cache."
-    return dict(teacher=teacher.net.sha256, architecture=teacher.architecture, spec=plain(getattr(teacher.net.model, "spec", {})), dtype=str(teacher.net.dtype), size=teacher.net.size, data=data.sha256, image_size=data.image_size,
+    return dict(teacher=teacher.net.sha256, architecture=teacher.architecture, spec=plain(getattr(teacher.net.model, "spec", {})), device=teacher.net.device.type, dtype=str(teacher.net.dtype), size=teacher.net.size, data=data.sha256, image_size=data.image_size,
                 views=1 if test else num_views(data.crop_padding, data.flip), classes=data.num_classes) | (dict(split="test") if test else {})
 
 def cache_folder(teacher: Teacher, data: Dataset, folder: str | Path = "", test: bool = False) -> Path:
@@ -1001,10 +1003,10 @@ def cache(self: Teachers,
          ) -> str:
     "From now on, logits of training, validation and test images are kept; returns what that may take, in words."
     data, views = self.data, num_views(self.data.crop_padding, self.data.flip)
-    images = len(data.train) + len(data.val)
-    folders = {cache_folder(t, data, folder) for t in self.all}
+    images, numbers = len(data.train) + len(data.val), 1 + max(int(s.indices.max()) for s in (data.train, data.val) if len(s))
+    folders = {cache_folder(t, data, folder, test) for t in self.all for test in (False, True)}
     place = next(iter(folders)).parent
-    need = len(folders) * cache_bytes(images, views, data.num_classes, epochs * seeds + 1 + _VIEWS_HELD if epochs else 0)
+    need = len(folders) // 2 * (cache_bytes(images, views, data.num_classes, epochs * seeds + 1 + _VIEWS_HELD if epochs else 0, numbers) + cache_bytes(len(data.test), 1, data.num_classes) + 8 * PAGE)  # header, lock, the ends of two files, twice
     words = f"{len(self)} teacher{'s' if len(self) > 1 else ''}, {views} views of {images:,} images, {data.num_classes} classes: at most {need / 1e9:.2g} GB in {place}"
     there = next(p for p in (place, *place.absolute().parents) if p.exists())
     free = shutil.disk_usage(there).free

@@ -875,8 +875,8 @@ def prepare(cfg: FitConfig) -> Dataset:
     flip, padding = {"auto": data.flip, "on": True, "off": False}[cfg.flip], data.crop_padding if cfg.crop_padding < 0 else cfg.crop_padding
     if flip and data.name in ("digits", "mnist"): raise LabError(f"flip='on': a mirrored digit is another digit, so {data.name} is never flipped; use flip='auto'")
     if padding >= data.image_size: raise LabError(f"crop_padding={padding} with images of {data.image_size} pixels; expected less than {data.image_size}")
-    train = dataclasses.replace(data.train, flip=flip, crop_padding=padding, _cache={})
-    return dataclasses.replace(data, train=train, flip=flip, crop_padding=padding)
+    parts = {name: dataclasses.replace(getattr(data, name), flip=flip, crop_padding=padding, _cache={}) for name in ("train", "val", "test")}  # of one numbering of views
+    return dataclasses.replace(data, **parts, flip=flip, crop_padding=padding)
 
 def classifier(cfg: TrainConfig, data: Dataset) -> nn.Module:
     "The network of a configuration, with weights that depend on its seed alone."

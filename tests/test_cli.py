@@ -144,6 +144,15 @@ def test_a_kernel_whose_port_was_taken_is_started_again(root, port):
     assert len(pids) == 2 and not Path(f"/proc/{pids[0]}").exists()  # the silent one was stopped
 
 
+def test_a_kernel_that_never_starts_is_one_line(root):
+    spec = root / "jupyter" / "kernels" / "broken"
+    spec.mkdir(parents=True)
+    (spec / "kernel.json").write_text(json.dumps(dict(argv=[sys.executable, "-c", "raise SystemExit(3)", "{connection_file}"], display_name="broken", language="python")))
+    write_notebook(root / "nbs" / "train.ipynb", kernel="broken")
+    done = call(root, "run", "train", JUPYTER_PATH=str(root / "jupyter"))
+    assert done.returncode == 1 and "kernel does not start" in done.stderr and "Traceback" not in done.stderr and not list((root / "runs").rglob("*.ipynb")), done.stderr
+
+
 def test_interrupt(root):
     env = os.environ | {"DKD_ROOT": str(root)}
     process = subprocess.Popen([sys.executable, "-m", "drifting_kd.cli", "run", "train", "-p", "fault", "hang", "-p", "run_name", "slow"], env=env, cwd=root, text=True,
