@@ -2,6 +2,7 @@
 import json, os, shutil, signal, subprocess, sys, time
 import pytest
 from conftest import ROOT
+from drifting_kd.core import run_state
 
 TOY = '''import drifting_kd.core
 from drifting_kd.core import Config, LabError, Run, param, watch_parameters, write_json
@@ -76,6 +77,19 @@ def test_a_finished_run_is_known_by_what_it_was_given(toy):
         done = dkd("sweep", matrix)
         assert done.returncode == 0 and f"2 runs, {before} of them finished before" in done.stdout, done.stdout + done.stderr
     assert json.loads((toy / "runs/lr1/config.json").read_text())["dataset"] == "a long name" and began(toy) == {"lr0.1": 1, "lr1": 1}
+
+def test_a_terminated_sweep_takes_its_runs_with_it(toy):
+    matrix = toy / "m.yaml"
+    matrix.write_text("notebook: toy\nbase: {wait: 100.0}\nmatrix: {lr: [0.1, 0.2, 0.3]}\nname: 'lr{lr}'")
+    sweep = subprocess.Popen([sys.executable, "-m", "drifting_kd.cli", "sweep", str(matrix), "--workers", "2"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    end = time.time() + 60
+    while len(began(toy)) < 2 and time.time() < end: time.sleep(.2)
+    sweep.terminate()  # this process alone, as `kill` does
+    out, err = sweep.communicate(timeout=60)
+    assert sweep.returncode == 130 and "interrupted" in err and "Traceback" not in err, err
+    states, end = lambda: [run_state(toy / "runs" / name) for name in sorted(began(toy))], time.time() + 20
+    while "running" in states() and time.time() < end: time.sleep(.2)  # a kernel looks for its parent every second
+    assert sorted(began(toy)) == ["lr0.1", "lr0.2"] and states() == ["stopped"] * 2
 
 def test_a_killed_sweep_continues(toy):
     matrix = toy / "m.yaml"
