@@ -82,7 +82,7 @@ def test_a_terminated_sweep_takes_its_runs_with_it(toy):
     matrix = toy / "m.yaml"
     matrix.write_text("notebook: toy\nbase: {wait: 100.0}\nmatrix: {lr: [0.1, 0.2, 0.3]}\nname: 'lr{lr}'")
     sweep = subprocess.Popen([sys.executable, "-m", "drifting_kd.cli", "sweep", str(matrix), "--workers", "2"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    end = time.time() + 60
+    end = time.time() + 120  # a kernel may have to be started twice
     while len(began(toy)) < 2 and time.time() < end: time.sleep(.2)
     sweep.terminate()  # this process alone, as `kill` does
     out, err = sweep.communicate(timeout=60)
@@ -95,7 +95,7 @@ def test_a_killed_sweep_continues(toy):
     matrix = toy / "m.yaml"
     matrix.write_text("notebook: toy\nbase: {wait: 5.0}\nmatrix: {lr: [0.1]}\nname: 'lr{lr}'")
     sweep = subprocess.Popen([sys.executable, "-m", "drifting_kd.cli", "sweep", str(matrix)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
-    end = time.time() + 60
+    end = time.time() + 120  # a kernel may have to be started twice
     while not began(toy) and time.time() < end: time.sleep(.2)
     os.killpg(sweep.pid, signal.SIGKILL)
     sweep.wait()
