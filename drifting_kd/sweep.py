@@ -150,9 +150,7 @@ def diverged(run: dict) -> bool:
     return (path / "diverged.json").exists() and _as_given(run, path, "diverged")
 
 # %% ../nbs/16_sweep.ipynb #c026
-_children: set[subprocess.Popen] = set()
-
-def _run_one(run: dict, notebook: str, threads: int) -> str:
+def _run_one(run: dict, notebook: str, threads: int, children: set, stopped: threading.Event) -> str:
     "Start one run and wait: an empty string, or what stopped it."
     folder = runs_folder() / "notebooks"
     folder.mkdir(parents=True, exist_ok=True)
@@ -161,9 +159,10 @@ def _run_one(run: dict, notebook: str, threads: int) -> str:
     env = os.environ | {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "passive", "DKD_ROOT": str(project_root())}
     with open(folder / f"{run['run_name']}.log", "w", encoding="utf-8") as log:
         with subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=env) as child:
-            _children.add(child)
+            children.add(child)
+            if stopped.is_set(): child.terminate()  # it was just beginning
             try: code = child.wait()
-            finally: _children.discard(child)
+            finally: children.discard(child)
         if code == 0:
             return "" if run_state(runs_folder() / run["run_name"]) == "finished" else f"{notebook} came to its end, but runs/{run['run_name']} is not finished"
     return ((folder / f"{run['run_name']}.log").read_text(encoding="utf-8", errors="replace").strip().splitlines() or ["it was killed"])[-1]
@@ -177,28 +176,28 @@ def run_sweep(runs: list[dict],          # from expand
     if workers < 1: raise LabError(f"workers={workers}: expected at least 1")
     lost = {r["run_name"]: "the loss was not finite" for r in runs if r not in todo and diverged(r) and not finished(r)}
     print(f"{len(runs)} runs, {len(runs) - len(todo) - len(lost)} of them finished before" + (f", {len(lost)} diverged before" if lost else ""), flush=True)
-    stopped = threading.Event()
+    children, stopped = set(), threading.Event()
     def one(run):
         if stopped.is_set(): return run["run_name"], "it was not begun"
-        failed = _run_one(run, notebook, max(1, (os.cpu_count() or 1) // workers))
+        failed = _run_one(run, notebook, max(1, (os.cpu_count() or 1) // workers), children, stopped)
         done.append(run)
         left = (time.time() - began) / len(done) * (len(todo) - len(done))
         print(f"{len(done)}/{len(todo)} {run['run_name']} {failed or 'finished'}; about {left / 60:.0f} min left", flush=True)
         return run["run_name"], failed
     def terminated(*_):
         stopped.set()
-        for child in list(_children): child.terminate()
+        for child in list(children): child.terminate()
         raise KeyboardInterrupt
     main = threading.current_thread() is threading.main_thread()
     before = signal.signal(signal.SIGTERM, terminated) if main else None
-    with ThreadPoolExecutor(workers) as pool:
-        try: return lost | {name: failed for name, failed in pool.map(one, todo) if failed}
-        except KeyboardInterrupt:  # of a terminal's, the children got theirs, too, and stop by themselves
-            stopped.set()
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
-        finally:
-            if main: signal.signal(signal.SIGTERM, before)
+    try:
+        with ThreadPoolExecutor(workers) as pool:
+            try: return lost | {name: failed for name, failed in pool.map(one, todo) if failed}
+            except KeyboardInterrupt:  # of a terminal's, the children got theirs, too, and stop by themselves
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+    finally:
+        if main: signal.signal(signal.SIGTERM, before)
 
 # %% ../nbs/16_sweep.ipynb #c021
 def halton(i: int,    # from 1
