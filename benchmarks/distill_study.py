@@ -6,7 +6,7 @@
 
 Where the runs still are, `--beside benchmarks/results/distill_beside.json` writes what the reports do not hold: the teachers, the gates, and paired differences between methods (of these data; what the file says of others stays).
 """
-import argparse, re, sys
+import argparse, functools, re, sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -53,6 +53,7 @@ def dots(studies: dict) -> Figure:
 
 def beside(data: str) -> dict:
     "Teachers, saturated gates and paired differences (last epoch, points, 95 % t-interval) of one matrix."
+    @functools.cache
     def summaries(method: str) -> dict: return {read_json(p.parent / "config.json")["seed"]: read_json(p) for p in sorted(runs_folder().glob(f"distill_{data}-{method}-s[0-9]*/metrics.json"))}
     def seeds(method: str, key: str) -> dict: return {seed: found[key] for seed, found in summaries(method).items()}
     def paired(a: str, b: str) -> dict:

@@ -1,8 +1,9 @@
 "Sweeps and comparisons with real processes: `dkd sweep`, `dkd compare`, on a small notebook of their own."
-import json, os, shutil, signal, subprocess, sys, time
+import json, os, shutil, signal, subprocess, sys, threading, time
 import pytest
 from conftest import ROOT
 from drifting_kd.core import run_state
+from drifting_kd.sweep import _run_one
 
 TOY = '''import drifting_kd.core
 from drifting_kd.core import Config, LabError, Run, param, watch_parameters, write_json
@@ -90,6 +91,11 @@ def test_a_terminated_sweep_takes_its_runs_with_it(toy):
     states, end = lambda: [run_state(toy / "runs" / name) for name in sorted(began(toy))], time.time() + 20
     while "running" in states() and time.time() < end: time.sleep(.2)  # a kernel looks for its parent every second
     assert sorted(began(toy)) == ["lr0.1", "lr0.2"] and states() == ["stopped"] * 2
+
+def test_a_run_that_is_just_beginning_is_terminated_too(toy):
+    stopped = threading.Event()
+    stopped.set()  # between the look at it and the start of the process
+    assert _run_one({"run_name": "late"}, "toy", 1, set(), stopped) == "it was killed" and not began(toy)
 
 def test_a_killed_sweep_continues(toy):
     matrix = toy / "m.yaml"
