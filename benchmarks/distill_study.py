@@ -11,8 +11,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from drifting_kd.core import LabError, read_json, runs_folder, write_json
-from drifting_kd.kd import CONFIDENCES
-from drifting_kd.plots import COLOURS, Figure, Picture, save_figure, styled, t_interval
+from drifting_kd.teachers import CONFIDENCES
+from drifting_kd.metrics import t_interval
+from drifting_kd.plots import COLOURS, Figure, Picture, save_figure, styled
 
 PAIRS = [("hinton+ca", "hinton"), ("ca_weighted", "ca_weighted+uniform"), ("dkd+ca", "dkd"), ("hinton+confidence", "hinton"), ("hinton_drift", "hinton"),  # differ in one thing
          *((f"hinton+confidence_{kind}", "hinton+confidence") for kind in ("calibrated", "crossfit")),

@@ -10,8 +10,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from drifting_kd.core import LabError, read_json, runs_folder, write_json
-from drifting_kd.evaluate import read_rows
-from drifting_kd.plots import interval_dots, overlapping, save_figure, t_interval
+from drifting_kd.scores import read_rows
+from drifting_kd.metrics import overlapping, t_interval
+from drifting_kd.plots import interval_dots, save_figure
 
 MEASURES = ("to_test", "to_train", "prompt_accuracy", "variance_ratio", "variance_to_test", "nearest_ratio")  # variance within classes over that of training images, and over that of test images
 SAME = ("dataset", "num_samples", "extractor", "judge_sha256", "dataset_split", "reference_sha256")

@@ -13,7 +13,9 @@ import numpy as np, torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from asked import asked
 from drifting_kd.core import environment, generator, import_torchvision, write_json
-from drifting_kd.fid import WEIGHTS, Extractor, Moments, covariance_half, fid, frechet_distance, images_of, inception, kernel_distance, random_extractor, resize_for
+from drifting_kd.images import images_of, resize_for
+from drifting_kd.extractors import WEIGHTS, Extractor, inception, random_extractor
+from drifting_kd.fid import Moments, covariance_half, fid, frechet_distance, kernel_distance
 
 def cpu(work) -> float:
     begun = time.process_time()

@@ -11,10 +11,13 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
-from drifting_kd.core import LabError, Run, environment, read_metrics, seed_everything, write_json
+from drifting_kd.core import LabError, environment, seed_everything, write_json
+from drifting_kd.run import Run, read_metrics
 from drifting_kd.data import load_dataset
-from drifting_kd.models import create_model, load_checkpoint
-from drifting_kd.train import Classify, TrainConfig, fit
+from drifting_kd.models import create_model
+from drifting_kd.checkpoints import load_checkpoint
+from drifting_kd.train import fit
+from drifting_kd.classify import Classify, TrainConfig
 from loop import Bare, Fit, random_data
 
 MODES = {"fp32": {}, "fp32 compiled": dict(compile=True), "bf16": dict(precision="bf16"), "bf16 compiled": dict(precision="bf16", compile=True)}
@@ -57,7 +60,7 @@ def training(data, device: str, epochs: int) -> dict:
 
 def generator_once(data, device: str, **settings) -> Run:
     "A short drifting training, guided."
-    from drifting_kd.drift import Drift, DriftConfig, drifter
+    from drifting_kd.drifting import Drift, DriftConfig, drifter
     data = dataclasses.replace(data, train=dataclasses.replace(data.train, flip=False, crop_padding=0, _cache={}))
     cfg = DriftConfig(dataset=data.name, device=device, warmup=1, eval_every=30, log_every=1, tracker="none", judge="none", positives=32, **settings)
     run = Run(cfg, "gpu")
@@ -115,8 +118,11 @@ def evaluation(data, device: str, epochs: int) -> dict:
     from cleanfid.utils import ResizeDataset
     from PIL import Image
     from drifting_kd.core import import_torchvision
-    from drifting_kd.fid import Extractor, Moments, Stats, resize_for, to_uint8
-    from drifting_kd.generators import create_generator, sample_batches
+    from drifting_kd.images import resize_for, to_uint8
+    from drifting_kd.extractors import Extractor
+    from drifting_kd.fid import Moments, Stats
+    from drifting_kd.generators import create_generator
+    from drifting_kd.generate import sample_batches
     n = 200 if epochs == 1 else 50_000
     net = import_torchvision().models.inception_v3(weights=None, aux_logits=False, init_weights=False).eval().to(device)
     net.fc = torch.nn.Identity()

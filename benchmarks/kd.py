@@ -15,8 +15,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from asked import asked
 from drifting_kd.core import environment, seed_everything, write_json
 from drifting_kd.data import Dataset, Split, normalize
-from drifting_kd.kd import HostBatches, Teachers, cache_bytes, distill_terms
-from drifting_kd.models import create_model, frozen
+from drifting_kd.kd import distill_terms
+from drifting_kd.teachers import HostBatches, Teachers, cache_bytes
+from drifting_kd.models import create_model
+from drifting_kd.checkpoints import frozen
 
 PAIRS = {"resnet20 <- 3x resnet56": ("resnet20", "resnet56"), "resnet8x4 <- 3x resnet32x4": ("resnet8x4", "resnet32x4")}
 MEAN, STD = (.5071, .4866, .4409), (.2673, .2564, .2762)

@@ -12,10 +12,12 @@ import torch
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
 from asked import asked
-from drifting_kd.core import Run, environment, seed_everything, write_json
+from drifting_kd.core import environment, seed_everything, write_json
+from drifting_kd.run import Run
 from drifting_kd.data import Batches, Dataset, Split, normalize
 from drifting_kd.models import create_model
-from drifting_kd.train import Classify, TrainConfig, Loop
+from drifting_kd.train import Loop
+from drifting_kd.classify import Classify, TrainConfig
 
 MEAN, STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
 

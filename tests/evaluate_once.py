@@ -2,10 +2,12 @@
 import json, sys
 import torch
 from drifting_kd import evaluate
-from drifting_kd.core import LabError, Run
+from drifting_kd.core import LabError
+from drifting_kd.run import Run
 from drifting_kd.data import Batches
 from drifting_kd.generators import create_generator
-from drifting_kd.train import Task, TrainConfig, fit, prepare
+from drifting_kd.train import Task, fit
+from drifting_kd.classify import TrainConfig, prepare
 
 class Imitate(Task):
     "Each sample goes to its class's mean image plus some noise."

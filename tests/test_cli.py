@@ -6,7 +6,8 @@ from conftest import python
 
 SETUP = """from dataclasses import dataclass
 import drifting_kd.core
-from drifting_kd.core import Config, Run, param, watch_parameters
+from drifting_kd.core import Config, param, watch_parameters
+from drifting_kd.run import Run
 drifting_kd.core.environment = lambda *given: {}  # without torch a kernel starts in half the time
 
 @dataclass

@@ -51,8 +51,8 @@ def test_what_cannot_work_is_refused_in_one_line(lab):
 
 REFUSED = """from drifting_kd.train import Loop
 import atexit, shutil, torch
-from drifting_kd.core import Run
-from drifting_kd.kd import Distill, DistillConfig
+from drifting_kd.run import Run
+from drifting_kd.distill import Distill, DistillConfig
 base = {k: v for k, v in json.loads(sys.argv[1]).items() if k not in ("family", "run_name")}
 def make(name, **more):
     cfg = TrainConfig(**base | dict(run_name=name) | more); data = prepare(cfg)

@@ -37,8 +37,8 @@ def test_killed_and_resumed_is_the_same(lab, queue):
 def test_two_processes_share_the_groups(lab):
     "Each process scales the field of its own groups: the first loss is the mean of both shares, computed here one after the other."
     import torch
-    from drifting_kd.drift import Drift, DriftConfig, drifter
-    from drifting_kd.train import prepare
+    from drifting_kd.drifting import Drift, DriftConfig, drifter
+    from drifting_kd.classify import prepare
     settings = SMALL | dict(steps=10, log_every=1, eval_every=10, judge="none", tracker="none", device="cpu", threads=1)
     two = train("", two_processes(), run_name="two", **settings)
     assert two.returncode == 0, two.stderr[-3000:]
@@ -65,7 +65,7 @@ def test_what_cannot_work_is_refused_in_one_line(lab, settings, words):
 def test_the_defaults_pass_for_real(lab, seed):
     out = dkd("run", ROOT / "nbs/drift.ipynb", "-p", "tracker", "none", "-p", "device", "cpu", "-p", "run_name", "whole", "-p", "seed", seed)
     assert out.returncode == 0, out.stderr
-    from drifting_kd.evaluate import pass_for_real, read_rows
+    from drifting_kd.scores import pass_for_real, read_rows
     row = next(r for r in read_rows(lab / "runs/whole/eval/fid_metrics.csv") if float(r["alpha"]) == 1)
     assert pass_for_real(row).reached.tolist() == ["yes"] * 5, pass_for_real(row).to_string()
 

@@ -56,7 +56,7 @@ def finishes_like_the_whole(runs: Path) -> bool:
     return same_weights(runs / "whole", runs / "stopped") and losses(runs / "whole") == losses(runs / "stopped")
 
 def test_disk_full_loses_nothing_that_was_saved(played, runs):
-    from drifting_kd.train import load_checkpoint
+    from drifting_kd.checkpoints import load_checkpoint
     stopped, checkpoints = played[1], runs / "stopped/checkpoints"
     assert not (runs / "stopped/metrics.json").exists() and sorted(p.name for p in checkpoints.iterdir()) == ["best.pt", "last.pt", "step_00000006.pt", "step_00000012.pt"]
     assert load_checkpoint(checkpoints / "last.pt")["step"] == 12
@@ -141,7 +141,7 @@ def test_damaged_config_is_named(runs):
     assert f"{config} is not valid JSON" in line and "restore it" in line and contents(runs / "stopped") == before
 
 def test_not_finite_names_the_step_and_the_checkpoint(runs):
-    from drifting_kd.train import load_checkpoint
+    from drifting_kd.checkpoints import load_checkpoint
     line = refused(runs, NOT_A_NUMBER, run_name="nan")
     last = runs / "nan/checkpoints/last.pt"
     assert f"not finite at step 14; the last good checkpoint is {last} (step 12)" in line and "smaller lr" in line

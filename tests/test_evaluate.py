@@ -7,8 +7,9 @@ import pytest
 import torch
 from conftest import ROOT, train as train_classifier
 from drifting_kd.core import LabError, environ, import_torchvision
-from drifting_kd.evaluate import EvaluateConfig, clip_score, evaluate, lpips_diversity, lpips_network, load_clip, read_rows, write_row
-from drifting_kd.fid import to_rgb
+from drifting_kd.scores import EvaluateConfig, clip_score, lpips_diversity, lpips_network, load_clip, read_rows, write_row
+from drifting_kd.evaluate import evaluate
+from drifting_kd.images import to_rgb
 
 TINY = dict(num_samples=300, batch_size=50, tracker="none", device="cpu", threads=1, metrics="")
 
@@ -139,7 +140,7 @@ def test_two_evaluations_share_a_folder_and_ranks_share_a_checkpoint(root):
 
 GATHER = """
 import sys, torch, torch.distributed as dist
-from drifting_kd.evaluate import gather_moments
+from drifting_kd.scores import gather_moments
 from drifting_kd.fid import Moments
 rank = int(sys.argv[1])
 dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{sys.argv[2]}", rank=rank, world_size=2)
@@ -208,7 +209,7 @@ def tiny_clip(tmp_path_factory):
 def test_clip_score_is_the_cosine_of_clips_own_logits(tiny_clip, monkeypatch):
     network, tokenizer = load_clip(str(tiny_clip))
     images, captions = torch.randint(0, 256, (7, 32, 32, 3), dtype=torch.uint8), [f"a photo of {'abc'[i % 3] * (i + 1)}" for i in range(7)]
-    from drifting_kd.evaluate import CLIP_MEAN, CLIP_STD
+    from drifting_kd.scores import CLIP_MEAN, CLIP_STD
     pixels = ((images.numpy() / 255 - CLIP_MEAN) / CLIP_STD).transpose(0, 3, 1, 2)  # already 32 x 32
     with torch.no_grad(): theirs = network(**tokenizer(captions, padding=True, return_tensors="pt"), pixel_values=torch.from_numpy(pixels).float()).logits_per_image.diagonal() / network.logit_scale.exp()
     for batch in (3, 64): assert clip_score(images, captions, str(tiny_clip), batch_size=batch) == pytest.approx(theirs.mean().item(), abs=1e-5)

@@ -6,9 +6,10 @@ import pytest, torch
 from conftest import ROOT, python
 from drifting_kd.core import LabError, read_json
 from drifting_kd.data import load_dataset
-from drifting_kd.fid import SHIPPED, as_extractor, default_judge, fid, shipped, shipped_judges
+from drifting_kd.extractors import SHIPPED, as_extractor, default_judge, shipped, shipped_judges
+from drifting_kd.fid import fid
 from drifting_kd.judges import RECIPES, JudgeConfig, rises, study
-from drifting_kd.models import load_checkpoint
+from drifting_kd.checkpoints import load_checkpoint
 
 ROWS = read_json(SHIPPED / "judges.json")["judges"]
 NO_NETWORK = ["digits", "shapes"]  # whose data are there everywhere

@@ -7,8 +7,9 @@ def world():
     "An untrained teacher of digits; the right answers, to the bit."
     import numpy as np, torch
     from drifting_kd.data import load_dataset, view_pixels
-    from drifting_kd.kd import load_teacher
-    from drifting_kd.models import create_model, frozen
+    from drifting_kd.teachers import load_teacher
+    from drifting_kd.models import create_model
+    from drifting_kd.checkpoints import frozen
     before = torch.get_num_threads()
     torch.set_num_threads(1)  # a fork has no other threads
     data = dataclasses.replace(load_dataset("digits", limit=120), crop_padding=1)
@@ -19,7 +20,7 @@ def world():
     torch.set_num_threads(before)
 
 def opened(world, lab):
-    from drifting_kd.kd import ViewCache
+    from drifting_kd.teachers import ViewCache
     return ViewCache(world[1], world[0])
 
 def batches(world, seed: int, epochs: int = 10**6):
@@ -100,7 +101,7 @@ def test_filled_together(lab, world):
 def open_with_limit(world, lab, limit: int) -> None:
     import torch
     from drifting_kd.data import load_dataset
-    from drifting_kd.kd import ViewCache
+    from drifting_kd.teachers import ViewCache
     other = dataclasses.replace(load_dataset("digits", limit=limit, split_seed=limit), crop_padding=1)
     for _ in range(20): cache = ViewCache(world[1], other)
     cache.fill(other.train.take(torch.arange(20)))

@@ -6,7 +6,8 @@ import pytest
 from scipy import stats
 from conftest import ROOT, python
 from drifting_kd import core
-from drifting_kd.core import Config, Run, environ, param
+from drifting_kd.core import Config, environ, param
+from drifting_kd.run import Run
 
 @dataclass
 class ToyConfig(Config):

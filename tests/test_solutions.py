@@ -5,11 +5,13 @@ import matplotlib
 import numpy as np
 import pytest
 from conftest import ROOT, train
-from drifting_kd.analysis import (PAIR_KINDS, barrier, cka_matrix, judge_split, layer_features, layer_history, linear_cka, loss_of, match_weights, reestimate_batchnorm, sharpness, solution, unit_filters)
-from drifting_kd.core import LabError, read_metrics
-from drifting_kd.data import Batches, load_dataset, permutation
-from drifting_kd.models import frozen
-from drifting_kd.report import holm
+from drifting_kd.analysis import PAIR_KINDS, barrier, cka_matrix, judge_split, layer_features, layer_history, linear_cka, loss_of, match_weights, reestimate_batchnorm, sharpness, solution, unit_filters
+from drifting_kd.core import LabError
+from drifting_kd.run import read_metrics
+from drifting_kd.sources import permutation
+from drifting_kd.data import Batches, load_dataset
+from drifting_kd.checkpoints import frozen
+from drifting_kd.metrics import holm
 
 QUICK = dict(images=60, iterations=4, points=3, pairs=1, surface=3)
 

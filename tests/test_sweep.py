@@ -2,11 +2,12 @@
 import json, os, shutil, signal, subprocess, sys, threading, time
 import pytest
 from conftest import ROOT
-from drifting_kd.core import run_state
+from drifting_kd.run import run_state
 from drifting_kd.sweep import _run_one
 
 TOY = '''import drifting_kd.core
-from drifting_kd.core import Config, LabError, Run, param, watch_parameters, write_json
+from drifting_kd.core import Config, LabError, param, watch_parameters, write_json
+from drifting_kd.run import Run
 drifting_kd.core.environment = lambda *given: {}  # without torch a kernel starts in half the time
 from dataclasses import dataclass
 import math, time

@@ -8,7 +8,8 @@ import sys, time, warnings
 import numpy as np
 from dataclasses import dataclass
 import drifting_kd.core
-from drifting_kd.core import Config, Run, plain
+from drifting_kd.core import Config, plain
+from drifting_kd.run import Run
 drifting_kd.core.environment = lambda *given: {}
 from drifting_kd.track import start_tracker
 name, resume = sys.argv[1], sys.argv[2] == "resume"

@@ -1,16 +1,17 @@
 "python tests/train_once.py '{\"epochs\": 3}' [code]: one training in a process of its own; exit code 1 and one line on an error. \"family\": \"drift\" trains a generator, \"distill\" a student."
 import atexit, json, os, sys
 from drifting_kd.core import LabError
-from drifting_kd.train import Classify, TrainConfig, classifier, fit, open_run, prepare
+from drifting_kd.train import fit, open_run
+from drifting_kd.classify import Classify, TrainConfig, classifier, prepare
 
 def main() -> None:
     settings = json.loads(sys.argv[1])
     family = settings.pop("family", "classify")
     if len(sys.argv) > 2: exec(sys.argv[2], globals())
     if family == "drift":
-        from drifting_kd.drift import Drift as Task, DriftConfig as Config, drifter as make
+        from drifting_kd.drifting import Drift as Task, DriftConfig as Config, drifter as make
     elif family == "distill":
-        from drifting_kd.kd import Distill as Task, DistillConfig as Config
+        from drifting_kd.distill import Distill as Task, DistillConfig as Config
         make = classifier
     else: Task, Config, make = Classify, TrainConfig, classifier
     cfg = Config(**settings)
