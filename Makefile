@@ -1,5 +1,6 @@
 # make run   train ResNet-8 on the embedded digits and say where everything is
 # make test  everything that CI checks
+# make lint  the part of it that only reads the code (ruff.toml), in a second
 # make lab   JupyterLab on the notebooks
 # Each makes .venv by itself. PYTHON=python3.12 chooses the interpreter (3.11 to 3.13), TORCH_INDEX=URL where torch comes from (README).
 PYTHON ?= python3
@@ -8,16 +9,20 @@ PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-com
 COMPILE := $(BIN)/python -m compileall -q -j 0 -x "/tests?/" .venv/lib >/dev/null 2>&1 || true # on all cores; pip would use one
 INPUTS := settings.ini setup.py constraints.txt
 
-.PHONY: run test lab slow notebooks clean
+.PHONY: run test lint lab slow notebooks clean
 run: .venv/ready
 	@mkdir -p runs
 	$(BIN)/papermill nbs/train.ipynb runs/quickstart.ipynb -p optimizer adamw
 	@$(BIN)/dkd runs --last 1
 	@$(BIN)/dkd runs --last 1 --paths
 
-test: .venv/ready-dev
+test: lint
 	$(BIN)/python -m pytest -q tests -m "not slow" -n 2 --dist loadfile --no-loadscope-reorder --durations=10
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive WANDB_MODE=offline $(BIN)/nbdev_test --n_workers 2 --timing
+
+# a second without a cache, which would be one more folder in the tree
+lint: .venv/ready-dev
+	$(BIN)/ruff check --no-cache drifting_kd nbs tests benchmarks setup.py
 
 lab: .venv/ready
 	$(BIN)/jupyter lab --notebook-dir=. --LabApp.default_url=/lab/tree/nbs $(LAB)
