@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 from matplotlib.figure import Figure
 from .core import LabError, atomic_write, unknown
-from .metrics import _better, _number, direction_of, first_reach, overlapping, t_interval, wilson
+from .metrics import as_number, best_is, direction_of, first_reach, overlapping, t_interval, wilson
 
 # %% auto #0
 __all__ = ['COLOURS', 'STYLE', 'DPI', 'WORDS', 'UNITS', 'DASHES', 'Picture', 'use_style', 'styled', 'save_figure', 'keep_figure',
@@ -90,7 +90,7 @@ def metric_words(key: str) -> str:
 # %% ../nbs/06_plots.ipynb #3b945b69
 def _line(runs: list[list[dict]], key: str, x: str) -> tuple:
     "x, mean and half-width of `key` over seeds, at the steps that all of them logged."
-    seeds = [{row["step"]: (row.get(x, row["step"]), _number(row[key])) for row in rows if key in row} for rows in runs]
+    seeds = [{row["step"]: (row.get(x, row["step"]), as_number(row[key])) for row in rows if key in row} for rows in runs]
     steps = sorted(set.intersection(*(set(s) for s in seeds))) if seeds else []
     if not steps: return np.zeros(0), np.zeros(0), np.zeros(0)
     mean, half = t_interval([[s[step][1] for step in steps] for s in seeds])
@@ -142,7 +142,7 @@ def _panel(ax, runs: dict, key: str, x: str) -> None:
     drawn = drawn[np.isfinite(drawn)]
     if "loss" in key and drawn.min() > 0 and drawn.max() > 30 * drawn.min(): ax.set(yscale="log", ylim=(.6 * drawn.min(), None))  # a band may reach below 0
     label_ends(ax, ends)
-    better = _better(key)
+    better = best_is(key)
     name, _, value, _ = (min if better == "lowest" else max)(ends, key=lambda e: e[2])
     ax.set_title(f"{name} ends {better} at {value:.4g}{unit and ' ' + unit}" if len(ends) > 1 and better else f"{metric_words(key)} ends at {value:.4g}{unit and ' ' + unit}" if len(ends) == 1 else metric_words(key))
 
@@ -318,7 +318,7 @@ def speed_bars(values: dict,      # name -> number; not finite or None is "not m
               ) -> Figure:
     "Horizontal bars in the order given, each with its number."
     if not values: raise LabError("speed_bars got nothing to draw; give {name: number}")
-    numbers = np.array([_number(v) for v in values.values()])
+    numbers = np.array([as_number(v) for v in values.values()])
     fig = Picture(figsize=(7, .8 + .36 * len(values)), layout="constrained")
     ax = fig.subplots()
     ax.barh(range(len(values)), np.nan_to_num(numbers), color=COLOURS[0], height=.65)
@@ -333,10 +333,10 @@ def dots_finding(rows: dict,          # name -> one number a seed
                  direction: str = "",
                 ) -> str:
     "Which mean is best and whether its interval overlaps the others, in a line."
-    numbers = {name: np.array([_number(v) for v in values]) for name, values in rows.items()}
+    numbers = {name: np.array([as_number(v) for v in values]) for name, values in rows.items()}
     words, fit = metric_words(key), {name: t_interval(v) for name, v in numbers.items() if np.isfinite(v).all()}
     if len(numbers) == 1 or not fit: return f"{words}: {len(numbers)} group{'s' * (len(numbers) > 1)}, nothing to compare"
-    which = direction or {"highest": "max", "lowest": "min"}.get(_better(key), "max")
+    which = direction or {"highest": "max", "lowest": "min"}.get(best_is(key), "max")
     ranked = sorted(fit, key=lambda name: float(fit[name][0]), reverse=which == "max")
     best, (mean, half), lost = ranked[0], fit[ranked[0]], [name for name in numbers if name not in fit]
     lead = f"{best} has the {'highest' if which == 'max' else 'lowest'} mean {words} ({mean:.4g})"
@@ -357,7 +357,7 @@ def interval_dots(rows: dict,      # name -> one number a seed; drawn in this or
                  ) -> Figure:
     "One row a group: a dot a seed, mean and 95 % interval, n."
     if not rows or not all(len(v) for v in rows.values()): raise LabError("interval_dots got no rows, or a row without seeds; give {name: [a number a seed]}")
-    numbers, unit = {name: np.array([_number(v) for v in values]) for name, values in rows.items()}, UNITS.get(key.split("/")[-1], "")
+    numbers, unit = {name: np.array([as_number(v) for v in values]) for name, values in rows.items()}, UNITS.get(key.split("/")[-1], "")
     fig = Picture(figsize=(7.6, 1.1 + .55 * len(rows)), layout="constrained")
     ax = fig.subplots()
     for i, (name, values) in enumerate(numbers.items()):
@@ -382,11 +382,11 @@ def _reach_panel(ax, runs: dict, key: str, target: float, direction: str, x: str
         hits = [first_reach(rows, key, target, direction) for rows in seeds]
         if all(hit is next((row for row in rows if key in row), ()) for rows, hit in zip(seeds, hits)): at_once.add(name)
         for rows, hit in zip(seeds, hits):
-            points = [(row[x], _number(row[key])) for row in rows if key in row and row.get(x) is not None]
+            points = [(row[x], as_number(row[key])) for row in rows if key in row and row.get(x) is not None]
             if not points: continue
             ax.plot(*zip(*points), color=colour, linestyle=DASHES[i // len(COLOURS) % 3], linewidth=1, alpha=.6)
             last.append(points[-1])
-            if hit and hit.get(x) is not None: ax.plot([hit[x]], [_number(hit[key])], "o", color=colour, markersize=6)
+            if hit and hit.get(x) is not None: ax.plot([hit[x]], [as_number(hit[key])], "o", color=colour, markersize=6)
         if all(hit and hit.get(x) is not None for hit in hits): medians[name] = float(np.median([hit[x] for hit in hits]))
         if ends_here := [p for p in last if math.isfinite(p[1])]: ends.append((name, max(p[0] for p in ends_here), float(np.mean([p[1] for p in ends_here])), colour))
     ax.axhline(target, color="black", linestyle="--", linewidth=1)
@@ -459,7 +459,7 @@ def robustness_curves(runs: dict,              # name -> {kind: [accuracy, clean
     for ax, kind in zip(axes, kinds):
         ends, bands, cut, same_n = [], [], False, _same_n(runs)
         for i, (name, seeds) in enumerate(runs.items()):
-            values = [[_number(v) for v in results[kind]] for results in seeds if kind in results]
+            values = [[as_number(v) for v in results[kind]] for results in seeds if kind in results]
             if not values: continue
             if any(len(v) != len(x) for v in values): raise LabError(f"{name}, {kind}: {', '.join(str(len(v)) for v in values)} accuracies; expected {len(x)}, clean first")
             (mean, half), colour = t_interval(values), COLOURS[i % len(COLOURS)]
@@ -489,7 +489,7 @@ def layer_curves(history: dict,                # layer -> (steps, values), from 
                  title: str = "",              # empty: which layers end largest and smallest
                 ) -> Figure:
     "One line a layer over training, coloured by depth."
-    lines = {name: (np.asarray(at, dtype=np.float64), np.array([_number(v) for v in values])) for name, (at, values) in history.items()}
+    lines = {name: (np.asarray(at, dtype=np.float64), np.array([as_number(v) for v in values])) for name, (at, values) in history.items()}
     lines = {name: (at, values) for name, (at, values) in lines.items() if np.isfinite(values).any()}
     if not lines: raise LabError(f"layer_curves got no {what} to draw; give {{layer: (steps, values)}}, as analysis.layer_history reads them from a run that logged them")
     fig = Picture(figsize=(6.4, 3.4), layout="constrained")
@@ -518,7 +518,7 @@ def layer_profile(values: dict,     # what -> {layer: number}, from the input to
     axes = fig.subplots(1, len(values), sharey=True, squeeze=False)[0]
     colours = _depth_colours(len(layers))
     for ax, (what, numbers) in zip(axes, values.items()):
-        x = np.array([_number(numbers.get(name)) for name in layers])
+        x = np.array([as_number(numbers.get(name)) for name in layers])
         if not np.isfinite(x).any(): raise LabError(f"layer_profile: no {what} is finite; expected at least one")
         ax.plot(x, range(len(x)), color="grey", linewidth=.6), ax.scatter(x, range(len(x)), c=colours, s=14, zorder=3)
         if np.nanmin(x) > 0 and np.nanmax(x) > 30 * np.nanmin(x): ax.set_xscale("log")
@@ -686,7 +686,7 @@ def distance_dots(rows: list,        # each {name, value, floor, metric, n, ...}
     if not rows: raise LabError("distance_dots got nothing to draw; give a list of {name, value, floor, metric, n}")
     for key in ("metric", "mode", "sha256", "n"):
         if len(kinds := {str(r.get(key, "")) for r in rows}) > 1: raise LabError(f"distance_dots: rows of different {key} ({', '.join(sorted(kinds)[:4])}) do not compare; draw a figure for each")
-    values, floors = ([_number(r.get(key)) for r in rows] for key in ("value", "floor"))
+    values, floors = ([as_number(r.get(key)) for r in rows] for key in ("value", "floor"))
     spreads = [2 * (r.get("floor_std") or 0) for r in rows]
     fig = Picture(figsize=(7, 1 + .34 * len(rows)), layout="constrained")
     ax = fig.subplots()
