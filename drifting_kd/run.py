@@ -100,11 +100,12 @@ def join(cls: Run, cfg: Config, kind: str, path: str, resumed: bool) -> Run:
     run.cfg, run.kind, run.path, run.resumed, run.writes = cfg, kind, Path(path), resumed, False
     return run
 
-# %% ../nbs/01_run.ipynb #a21e2164
+# %% ../nbs/01_run.ipynb #9d7bb2d9
 def default_name(kind: str, cfg: Config) -> str:
     "Notebook, data set, model, method or optimiser, seed and date."
     how = getattr(cfg, "method", "") or getattr(cfg, "optimizer", "")
-    parts = [kind, getattr(cfg, "dataset", ""), getattr(cfg, "model", ""), how, f"s{cfg.seed}", f"{datetime.date.today():%Y%m%d}"]
+    what = [getattr(cfg, "dataset", ""), getattr(cfg, "model", ""), how]
+    parts = [kind, *what, f"s{cfg.seed}", f"{datetime.date.today():%Y%m%d}"]
     return re.sub(r"[^A-Za-z0-9._+=-]", "_", "-".join(p for p in parts if p))
 
 # %% ../nbs/01_run.ipynb #0c46e6b9
@@ -150,16 +151,17 @@ def _begin(self: Run) -> None:
     content = plain(self.cfg) | {"run_name": self.name}
     write_json(self.path / "config.json", dict(kind=self.kind, hash=self.cfg.hash(), **content))
 
-# %% ../nbs/01_run.ipynb #af6510ca
+# %% ../nbs/01_run.ipynb #38df0856
 @patch
 def _continue(self: Run, here: dict) -> None:
     "Note in environment.json where the run goes on, and warn where its last bits will differ."
     for part in self.path.rglob(".*.part"): part.unlink()  # what a kill left half-written
     there = read_json(self.path / "environment.json")
     write_json(self.path / "environment.json", there | {"continued": [*there.get("continued", []), here]})
-    def facts(e): return {k: e.get(k) for k in ("processor", "threads", "gpus")} | {"torch": e.get("packages", {}).get("torch")}
+    def facts(e): return dict(e, torch=e.get("packages", {}).get("torch"))
     then, now = facts(there), facts(here)
-    if other := [f"{k} {then[k]} -> {now[k]}" for k in then if then[k] != now[k]]:
+    decisive = ("processor", "threads", "gpus", "torch")
+    if other := [f"{k} {then.get(k)} -> {now.get(k)}" for k in decisive if then.get(k) != now.get(k)]:
         warnings.warn(f"run {self.name} continues elsewhere ({'; '.join(other)}): "
                       "its last bits will differ from an uninterrupted run's", stacklevel=2)
 
@@ -197,11 +199,12 @@ def _find_named(self: Run, path: Path) -> Path | None:
     if saved.get("kind") == self.kind: raise self._differs({path: saved})
     raise LabError(f"run {path.name} was made by {saved.get('kind')!r}, not {self.kind!r}; give another run_name")
 
-# %% ../nbs/01_run.ipynb #498cef00
+# %% ../nbs/01_run.ipynb #95c98733
 @patch
 def _differs(self: Run, runs: dict) -> LabError:
     "The error that names what the nearest of these runs has different."
-    def differ(s): return [f"{k} (there {s.get(k)!r}, here {v!r})" for k, v in self.cfg.identity().items() if s.get(k) != v]
+    mine = self.cfg.identity()
+    def differ(s): return [f"{k} (there {s.get(k)!r}, here {v!r})" for k, v in mine.items() if s.get(k) != v]
     near = min(runs, key=lambda p: len(differ(runs[p])))
     return LabError(f"resume=True, but unfinished run {near.name} has another configuration: "
                     f"{'; '.join(differ(runs[near]))}; use its values, or resume=False")
@@ -238,14 +241,15 @@ def close(self: Run) -> None:
     "Release the folder; a run without metrics.json can be resumed."
     if lock := Run.held.pop(str(self.path), None): lock.release()
 
-# %% ../nbs/01_run.ipynb #06877337
+# %% ../nbs/01_run.ipynb #1592ffb8
 def read_metrics(path: str | Path) -> list[dict]:
     "The lines of a run's metrics.jsonl."
     path = Path(path)
     path = path / "metrics.jsonl" if path.is_dir() else path
     try: lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     except (OSError, UnicodeDecodeError) as e:
-        raise LabError(f"cannot read {path} ({getattr(e, 'strerror', None) or e}); restore the file or delete it") from None
+        why = getattr(e, "strerror", None) or e
+        raise LabError(f"cannot read {path} ({why}); restore the file or delete it") from None
     out = []
     for i, text in enumerate(lines):
         try: line = json.loads(text)
@@ -266,7 +270,7 @@ def truncate(self: Run, step: int) -> None:
     kept = [line for line in read_metrics(self.path) if line["step"] <= step]
     with atomic_write(path, "w") as f: f.writelines(json.dumps(line) + "\n" for line in kept)
 
-# %% ../nbs/01_run.ipynb #15dd3a8e
+# %% ../nbs/01_run.ipynb #4bc3972e
 def _row(path: Path) -> dict:
     "One run: name, kind, state, last step and epoch, its summary or last metrics, and age in seconds."
     state = run_state(path)
@@ -275,10 +279,11 @@ def _row(path: Path) -> dict:
     summary = (read_json(path / "metrics.json") if state == "finished" else {}) or last
     files = [path / name for name in ("config.json", "metrics.jsonl", "metrics.json")]
     newest = max(p.stat().st_mtime for p in files if p.exists())
-    return dict(name=path.name, kind=saved.get("kind"), state=state, step=last.get("step", 0), epoch=last.get("epoch", 0),
-                metrics={k: v for k, v in summary.items() if "/" in k}, age=time.time() - newest, path=path)
+    return dict(name=path.name, kind=saved.get("kind"), state=state, step=last.get("step", 0),
+                epoch=last.get("epoch", 0), metrics={k: v for k, v in summary.items() if "/" in k},
+                age=time.time() - newest, path=path)
 
-# %% ../nbs/01_run.ipynb #bac9f078
+# %% ../nbs/01_run.ipynb #5928991e
 def list_runs(folder: Path | None = None) -> list[dict]:
     "Every run, newest first; a damaged one is a row that says what is wrong."
     rows = []
@@ -286,16 +291,17 @@ def list_runs(folder: Path | None = None) -> list[dict]:
         path = config.parent
         try: rows.append(_row(path))
         except LabError as e:
-            rows.append(dict(name=path.name, kind="?", state=f"unreadable: {e}", step=0, epoch=0, metrics={}, age=0.0, path=path))
+            nothing = dict(kind="?", step=0, epoch=0, metrics={}, age=0.0)
+            rows.append(dict(name=path.name, state=f"unreadable: {e}", path=path, **nothing))
     return sorted(rows, key=lambda r: r["age"])
 
-# %% ../nbs/01_run.ipynb #a73d74a4
+# %% ../nbs/01_run.ipynb #d0f8903a
 def once(needed: dict) -> list[str]: # what trains a run (called without arguments), by the name of that run
     "Make runs that others need, unless they are there."
     folder, left = writable_folder(runs_folder()), dict(needed)
     while left:
         for name, make in list(left.items()):
-            if not (lock := try_lock(folder / f".{name}.lock")): continue  # another process is at it: the next one meanwhile
+            if not (lock := try_lock(folder / f".{name}.lock")): continue  # another process is at it
             try:
                 if not (folder / name / "metrics.json").exists(): _make_first(name, make)
             finally: lock.release()
