@@ -322,7 +322,7 @@ def in_training_judge(name: str, data: Dataset, device="cpu") -> Extractor | Non
 def sample(self: Drift, model: Generator, labels: Tensor, seed: int, alpha: float = 0.0) -> Tensor: # alpha 0: the configured one
     "Images `[N, H, W, C]` of labels, as bytes."
     known = labels if model.num_classes else None
-    return torch.cat([to_uint8(x.float(), "signed").cpu() for x in sample_batches(model, known, len(labels), alpha or self.cfg.alpha, seed)])
+    return torch.cat([to_uint8(x.float(), "signed").cpu() for x in sample_batches(model, known, len(labels), seed, alpha=alpha or self.cfg.alpha)])
 
 # %% ../nbs/43_drifting.ipynb #c0dd7396
 @patch

@@ -75,7 +75,7 @@ class EvaluateConfig(Parameters):
 def _sampler(model: nn.Module) -> Callable | None:
     "f(labels, n, alpha, seed, batch_size, start) -> batches of images in [-1, 1]; None for a model that makes none."
     if hasattr(model, "sample_batches"): return model.sample_batches
-    return (lambda *args: sample_batches(model, *args)) if hasattr(model, "noise_shape") else None
+    return (lambda labels, n, alpha, seed, batch_size, start: sample_batches(model, labels, n, seed, batch_size, start, alpha=alpha)) if hasattr(model, "noise_shape") else None
 
 # %% ../nbs/51_scores.ipynb #d46ada83
 def used_alpha(model: nn.Module, alpha: float) -> float:
