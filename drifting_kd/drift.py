@@ -13,7 +13,7 @@ from .core import LabError, exact_fp32
 from .plots import COLOURS, Picture, as_array, styled
 
 # %% auto #0
-__all__ = ['BLOCK', 'compute_V', 'feature_scale', 'guidance_weight', 'drift_loss', 'compiled_V', 'toy_field']
+__all__ = ['FIELD_BLOCK', 'check_temps', 'compute_V', 'feature_scale', 'guidance_weight', 'drift_loss', 'compiled_V', 'toy_field']
 
 # %% ../nbs/40_drift.ipynb #3feb67da
 class _Sets(NamedTuple):
@@ -28,21 +28,21 @@ class _Sets(NamedTuple):
     same: bool        # row i of x is row i of y: its distance to itself is 0, whatever rounding says
     masked: bool      # and it does not see itself
 
-# %% ../nbs/40_drift.ipynb #5732064f
+# %% ../nbs/40_drift.ipynb #ea1dda27
 def _check(x: Tensor, given: dict, temps, weight, self_mask: bool, sinkhorn_iters: int, chunk: int) -> None:
     for name, t in {"x": x, **given}.items():
         if not isinstance(t, Tensor) or not t.is_floating_point() or t.dim() < 2: raise LabError(f"{name}: expected a floating-point tensor [..., samples, features], got {getattr(t, 'dtype', type(t).__name__)} of shape {tuple(getattr(t, 'shape', ()))}")
         if t.shape[:-2] != x.shape[:-2] or t.shape[-1] != x.shape[-1] or t.device != x.device: raise LabError(f"{name} {list(t.shape)} on {t.device} does not fit x {list(x.shape)} on {x.device}: only the number of samples (last but one) may differ")
         if not t.numel(): raise LabError(f"{name} {list(t.shape)} is empty; expected at least one sample")
-    _check_temps(temps)
+    check_temps(temps)
     for name, value, low in (("sinkhorn_iters", sinkhorn_iters, 1), ("chunk", chunk, 0)):
         if not isinstance(value, int) or isinstance(value, bool) or value < low: raise LabError(f"{name}={value!r}: expected a whole number of at least {low}")
     if ("y_neg" not in given or self_mask) and x.shape[-2] == 1: raise LabError("x has one sample and the self mask leaves it nothing to be compared with; give at least 2, or y_neg without self_mask")
     if self_mask and "y_neg" in given and given["y_neg"].shape[-2] < x.shape[-2]: raise LabError(f"self_mask says that y_neg's first rows are x's {x.shape[-2]}, but y_neg has {given['y_neg'].shape[-2]}")
     _check_weight(x, weight, "y_uncond" in given)
 
-# %% ../nbs/40_drift.ipynb #4aaacbe8
-def _check_temps(temps) -> None:
+# %% ../nbs/40_drift.ipynb #bba80ebf
+def check_temps(temps) -> None:
     if not isinstance(temps, (tuple, list)) or not temps or not all(isinstance(t, numbers.Real) and 0 < t < math.inf for t in temps) or len(set(temps)) < len(temps):
         raise LabError(f"temps={temps!r}: expected one or more temperatures above 0, each once, such as (.02, .05, .2)")
 
@@ -152,14 +152,14 @@ def _potentials(blocks, kernels: list, inverse: Tensor, shape: tuple) -> tuple[T
         f, g = f + torch.cat(rows_sum, -1) / 2, g + columns_sum / 2
     return f, g
 
-# %% ../nbs/40_drift.ipynb #a2d7d6ca
-BLOCK = {"cpu": 2**21, "cuda": 2**27, "mps": 2**25}  # numbers in a block of affinities: what a core's cache holds; on a GPU what keeps it busy
+# %% ../nbs/40_drift.ipynb #bf054130
+FIELD_BLOCK = {"cpu": 2**21, "cuda": 2**27, "mps": 2**25}  # numbers in a block of affinities: what a core's cache holds; on a GPU what keeps it busy
 
-# %% ../nbs/40_drift.ipynb #c112f28c
+# %% ../nbs/40_drift.ipynb #25495813
 def _blocks(B: int, N: int, width: int, chunk: int, device: str) -> tuple[list[slice], list[slice]]:
     "Groups at a time and rows at a time; `width` numbers a row."
-    n = min(N, chunk or max(64, BLOCK.get(device, 2**25) // width))
-    b = max(1, (chunk // N if chunk else BLOCK.get(device, 2**25) // (N * width)))
+    n = min(N, chunk or max(64, FIELD_BLOCK.get(device, 2**25) // width))
+    b = max(1, (chunk // N if chunk else FIELD_BLOCK.get(device, 2**25) // (N * width)))
     def cut(total, size): return [slice(i, min(i + size, total)) for i in range(0, total, size)]
     return cut(B, b), cut(N, n)
 

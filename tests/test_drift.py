@@ -70,7 +70,7 @@ def test_the_defaults_pass_for_real(lab, seed):
     assert pass_for_real(row).reached.tolist() == ["yes"] * 5, pass_for_real(row).to_string()
 
 def test_weights_that_are_not_finite_name_the_step(lab):
-    broken = "import drifting_kd.drift as d\nkept = d.Drift.after_step\ndef after_step(self, step):\n    kept(self, step)\n    if step == 30: self.model.out.weight.data.fill_(float('nan'))\nd.Drift.after_step = after_step"
+    broken = "import drifting_kd.drifting as d\nkept = d.Drift.after_step\ndef after_step(self, step):\n    kept(self, step)\n    if step == 30: self.model.out.weight.data.fill_(float('nan'))\nd.Drift.after_step = after_step"
     out = train(broken, run_name="broken", **(SMALL | dict(log_every=5, judge="none")))
     assert out.returncode == 1 and "NotFinite" in out.stderr and "not finite at step 31" in out.stderr and "last good checkpoint" in out.stderr, out.stderr
     assert json.loads((lab / "runs/broken/diverged.json").read_text())["step"] == 31
