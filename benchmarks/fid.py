@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from asked import asked
 from drifting_kd.core import environment, generator, import_torchvision, write_json
 from drifting_kd.images import images_of, resize_for
-from drifting_kd.extractors import WEIGHTS, Extractor, inception, random_extractor
+from drifting_kd.extractors import INCEPTION_FILES, Extractor, inception, random_extractor
 from drifting_kd.fid import Moments, covariance_half, fid, frechet_distance, kernel_distance
 
 def cpu(work) -> float:
@@ -103,7 +103,7 @@ def stand_in_features(folder: Path, images: torch.Tensor) -> float:
     torch.manual_seed(0)
     file = folder / "inception-2015-12-05.pt"
     torch.jit.script(StandIn().eval()).save(str(file))
-    WEIGHTS[file.name] = "", hashlib.sha256(file.read_bytes()).hexdigest()
+    INCEPTION_FILES[file.name] = "", hashlib.sha256(file.read_bytes()).hexdigest()
     with torch.no_grad(): theirs = InceptionV3W(str(folder), download=False, resize_inside=True)(images.permute(0, 3, 1, 2).float())
     return ((inception("legacy_tensorflow", folder, "cpu", download=False)(images) - theirs).abs().max() / theirs.abs().max()).item()
 

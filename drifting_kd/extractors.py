@@ -19,8 +19,9 @@ from .checkpoints import Frozen, checkpoint_file, frozen, weights_sha256
 from .images import MODES, bicubic, resize_for, to_rgb, to_uint8
 
 # %% auto #0
-__all__ = ['SHIPPED', 'RESERVED', 'STANDS_IN', 'WEIGHTS', 'slug', 'Extractor', 'random_extractor', 'prompt_accuracy', 'judge',
-           'shipped_judges', 'shipped', 'default_judge', 'read_weights', 'inception', 'vit', 'as_extractor']
+__all__ = ['SHIPPED', 'PUBLISHED_JUDGES', 'STANDS_IN', 'INCEPTION_FILES', 'slug', 'Extractor', 'random_extractor',
+           'prompt_accuracy', 'as_judge', 'shipped_judges', 'shipped', 'default_judge', 'read_weights', 'inception',
+           'vit', 'as_extractor']
 
 # %% ../nbs/21_extractors.ipynb #77682c0c
 def slug(metric: str) -> str:
@@ -87,8 +88,8 @@ def prompt_accuracy(judge: Extractor, seen: Tensor, labels: Tensor) -> float: # 
     if logits.shape[1] <= int(labels.max()): raise LabError(f"{judge.name} knows {logits.shape[1]} classes, but there is a label {int(labels.max())}; use a judge of this data set")
     return (logits.argmax(1).cpu() == labels.cpu()).double().mean().item()
 
-# %% ../nbs/21_extractors.ipynb #f57a15e7
-RESERVED = ("inception", "dinov2", "random") # what is published under these names, no classifier of ours is
+# %% ../nbs/21_extractors.ipynb #ca09ffc9
+PUBLISHED_JUDGES = ("inception", "dinov2", "random") # what is published under these names, no classifier of ours is
 
 # %% ../nbs/21_extractors.ipynb #934db0a7
 def _frozen_judge(source, device) -> Frozen:
@@ -100,14 +101,14 @@ def _frozen_judge(source, device) -> Frozen:
     net.name = packed.parent.name
     return net
 
-# %% ../nbs/21_extractors.ipynb #ba4199c0
-def judge(source, device="cpu") -> Extractor: # what `models.frozen` makes or takes: a run, its name, a checkpoint file
+# %% ../nbs/21_extractors.ipynb #577dc82f
+def as_judge(source, device="cpu") -> Extractor: # what `models.frozen` makes or takes: a run, its name, a checkpoint file
     "The features before the head of a frozen classifier; it bears a shipped judge's name only if it is that judge."
     if not isinstance(source, Frozen): source = _frozen_judge(source, device)
     if source.dtype != torch.float32: raise LabError(f"{source.name} is in {source.dtype}; a judge's numbers need fp32")
     head = getattr(source.model, "head", None)
     if not isinstance(head, nn.Linear): raise LabError(f"{source.name} has no linear head, so no features before it; use one of models.list_models()")
-    named = source.name not in RESERVED and _shipped_rows().get(source.name, {}).get("sha256", source.sha256) == source.sha256
+    named = source.name not in PUBLISHED_JUDGES and _shipped_rows().get(source.name, {}).get("sha256", source.sha256) == source.sha256
     return Extractor(source.name if named else f"{source.name}-{source.sha256[:8]}", head.in_features, source.sha256, source.features, "", len(source.mean), source.image_size or 0, source.device, head)
 
 # %% ../nbs/21_extractors.ipynb #ebb9e116
@@ -118,7 +119,7 @@ def shipped_judges(folder: Path = SHIPPED) -> list[str]:
     "The names that `shipped` knows."
     return sorted(_shipped_rows(folder))
 
-# %% ../nbs/21_extractors.ipynb #841a8df0
+# %% ../nbs/21_extractors.ipynb #f5e830d0
 def shipped(name: str, device="cpu", folder: Path = SHIPPED) -> Extractor:
     "A judge of the package, after its file's sha256."
     rows, path = _shipped_rows(folder), folder / f"{name}.pt"
@@ -126,7 +127,7 @@ def shipped(name: str, device="cpu", folder: Path = SHIPPED) -> Extractor:
     try: found = hashlib.sha256(path.read_bytes()).hexdigest()
     except OSError as e: raise LabError(f"cannot read {path} ({e.strerror or e}); install drifting_kd again, or make it with nbs/evaluators.ipynb") from None
     if found != rows[name]["file_sha256"]: raise LabError(f"{path} is damaged: its sha256 is {found[:12]}..., judges.json says {rows[name]['file_sha256'][:12]}...; install drifting_kd again, or make it with nbs/evaluators.ipynb")
-    return judge(path, device)
+    return as_judge(path, device)
 
 # %% ../nbs/21_extractors.ipynb #032a5e7b
 def default_judge(dataset: str) -> str:
@@ -134,17 +135,17 @@ def default_judge(dataset: str) -> str:
     name = STANDS_IN.get(dataset, dataset)
     return name if name in shipped_judges() else "inception"
 
-# %% ../nbs/21_extractors.ipynb #e824b06d
-WEIGHTS = { # file -> (address, sha256)
+# %% ../nbs/21_extractors.ipynb #d241390f
+INCEPTION_FILES = { # file -> (address, sha256)
     "inception-2015-12-05.pt": ("https://nvlabs-fi-cdn.nvidia.com/stylegan2-ada-pytorch/pretrained/metrics/inception-2015-12-05.pt", "f58cb9b6ec323ed63459aa4fb441fe750cfe39fafad6da5cb504a16f19e958f4"),
     "pt_inception-2015-12-05-6726825d.pth": ("https://github.com/mseitzer/pytorch-fid/releases/download/fid_weights/pt_inception-2015-12-05-6726825d.pth", "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2")}
 
-# %% ../nbs/21_extractors.ipynb #92150d9c
-def read_weights(name: str,            # a key of WEIGHTS
+# %% ../nbs/21_extractors.ipynb #416cd061
+def read_weights(name: str,            # a key of INCEPTION_FILES
                  given: str | Path = "", # the file or its folder; "" looks in the usual places
                  download: bool = True) -> bytes:
     "The content of a weights file, after its sha256."
-    address, digest = WEIGHTS[name]
+    address, digest = INCEPTION_FILES[name]
     hub = Path(torch.hub.get_dir()) / "checkpoints"
     own = os.environ.get("DKD_WEIGHTS")
     places = [Path(given)] if given else [Path(p) for p in (own, "/tmp", hub) if p]
@@ -179,13 +180,13 @@ def _pytorch_inception(content: bytes) -> nn.Module:
             return theirs.InceptionV3(output_blocks=[3], resize_input=False)
     finally: theirs.load_state_dict_from_url = before
 
-# %% ../nbs/21_extractors.ipynb #a0cb09da
+# %% ../nbs/21_extractors.ipynb #a1f22c96
 def inception(mode: str = "clean",       # clean, legacy_tensorflow, legacy_pytorch: not comparable with each other
               weights: str | Path = "",  # the file or its folder; "" looks in the usual places
               device="auto", download: bool = True) -> Extractor:
     "The judge of FID and KID, as clean-fid builds it for this mode."
     if mode not in MODES: raise unknown("mode", mode, MODES)
-    device, name = choose_device(str(device)), list(WEIGHTS)[mode == "legacy_pytorch"]
+    device, name = choose_device(str(device)), list(INCEPTION_FILES)[mode == "legacy_pytorch"]
     content = read_weights(name, weights, download)
     if mode == "legacy_pytorch":
         legacy = _pytorch_inception(content).eval().to(device)
@@ -214,8 +215,8 @@ def vit(model: str = "vit_small_patch14_dinov2.lvd142m", # DINOv2; any vision tr
     digest = weights_sha256(net, tuple(net.pretrained_cfg["mean"]), tuple(net.pretrained_cfg["std"]))
     return Extractor(model.split(".")[0], net.num_features, digest, lambda x: net((bicubic(x, size) / 255 - mean) / std), "", device=device)
 
-# %% ../nbs/21_extractors.ipynb #6b7ee193
-def as_extractor(extractor,        # an Extractor, "inception", "dinov2", "random", a shipped judge's name, or what `judge` takes
+# %% ../nbs/21_extractors.ipynb #ef68aa89
+def as_extractor(extractor,        # an Extractor, "inception", "dinov2", "random", a shipped judge's name, or what `as_judge` takes
                  mode: str = "",   # of Inception; "" is clean
                  device="auto") -> Extractor:
     "The judge that is meant."
@@ -224,7 +225,7 @@ def as_extractor(extractor,        # an Extractor, "inception", "dinov2", "rando
     if extractor == "random": return random_extractor(mode=mode, device=choose_device(str(device)))
     if extractor == "dinov2": extractor = vit(device=device)
     elif isinstance(extractor, str) and extractor in shipped_judges(): extractor = shipped(extractor, choose_device(str(device)))
-    elif not isinstance(extractor, Extractor): extractor = judge(extractor, choose_device(str(device)))
+    elif not isinstance(extractor, Extractor): extractor = as_judge(extractor, choose_device(str(device)))
     if mode and mode != extractor.mode:
         raise LabError(f"mode={mode!r}, but {extractor.name} {f'resizes as {extractor.mode}' if extractor.mode else 'has no modes'}; leave mode out or take another extractor")
     return extractor

@@ -367,7 +367,7 @@ def scores(s: Sampled, ref: Reference, cfg: EvaluateConfig, words: list = (), re
     judge, fake, features, notes = ref.judge, replace(s.stats, labels=s.labels), s.stats.features.to(s.stats.mu.device), _Notes()
     real, key = (getattr(ref, cfg.dataset_split), f"{cfg.dataset_split} {fake.n} {cfg.seed} by class") if real is None else (real, "")
     keep = ref.remember if key else lambda name, compute: compute()
-    if key in ref.facts.get("floors", {}): real.floors[("fd", min(fake.n, len(real.features) // 2), cfg.seed, 3, True)] = tuple(ref.facts["floors"][key])
+    if key in ref.facts.get("floors", {}): real.floors[real.floor_key(fake.n, cfg.seed)] = tuple(ref.facts["floors"][key])
     score = fid(real, fake, judge, seed=cfg.seed, floor=True if real.features is not None else _other_images(ref, real, notes))
     if key and score.floor is not None and key not in ref.facts.get("floors", {}):
         ref.facts.setdefault("floors", {})[key] = score.floor, score.floor_std
