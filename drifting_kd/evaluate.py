@@ -23,7 +23,8 @@ from .plots import class_grid, image_grid, save_figure
 from .models import count_parameters, model_name, rebuild
 from .checkpoints import checkpoint_model, load_checkpoint, weights_sha256
 from .extractors import Extractor, as_extractor, default_judge, slug
-from .fid import Stats, holds_stats, load_stats, nearest, reference_stats
+from .fid import Stats, holds_stats, load_stats, reference_stats
+from .variety import nearest
 from .train import undisturbed
 from .classify import use_threads
 from .generate import labels_like

@@ -16,7 +16,8 @@ from .data import Dataset, Split
 from .plots import class_grid, save_figure
 from .images import to_uint8
 from .extractors import Extractor, as_extractor, default_judge, prompt_accuracy
-from .fid import Stats, reference_stats, variance_ratio
+from .fid import Stats, reference_stats
+from .variety import variance_ratio
 from .train import FitConfig, Task
 
 # %% auto #0

@@ -18,7 +18,8 @@ from .data import Dataset
 from .plots import COLOURS, Picture, styled
 from .checkpoints import CHECKPOINT_KEYS, load_checkpoint
 from .extractors import Extractor, SHIPPED, prompt_accuracy
-from .fid import Stats, class_gaussians, class_means, variance_ratio
+from .fid import Stats
+from .variety import class_gaussians, class_means, variance_ratio
 from .classify import TrainConfig
 from .analysis import CORRUPTIONS, corrupt
 

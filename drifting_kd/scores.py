@@ -22,8 +22,9 @@ from .checkpoints import weights_sha256
 from .images import MODES, bicubic, to_rgb, to_uint8
 from .extractors import Extractor, prompt_accuracy, slug
 from .fid import (
-    Moments, Score, Stats, class_gaussians, class_means, fd_infinity, feature_diversity, fid, kid, load_stats,
-    nearest_ratio, prdc, random_pairs, reference_stats, variance_ratio)
+    Moments, Score, Stats, fd_infinity, fid, kid, load_stats, reference_stats)
+from .variety import (
+    class_gaussians, class_means, feature_diversity, nearest_ratio, prdc, random_pairs, variance_ratio)
 from .generate import check_alpha, labels_like, sample_batches
 
 # %% auto #0
