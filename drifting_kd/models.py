@@ -12,10 +12,10 @@ from torch import nn
 from .core import LabError, import_torchvision, unknown
 
 # %% auto #0
-__all__ = ['MODELS', 'LEAST_SIZE', 'CONVOLUTIONS', 'BATCHNORMS', 'conv3x3', 'projection', 'BasicBlock', 'Bottleneck', 'ResNet',
-           'list_models', 'create_model', 'count_parameters', 'rebuild', 'layer_names', 'known_layers', 'activations',
-           'parameter_layers', 'output_sizes', 'flops', 'model_name', 'describe', 'foldable', 'fold_batchnorm',
-           'conv_bn', 'Staged', 'PreActBlock', 'ShuffleUnit', 'InvertedResidual', 'ConvNeXt']
+__all__ = ['MODELS', 'LEAST_SIZE', 'MOVED', 'CONVOLUTIONS', 'BATCHNORMS', 'conv3x3', 'projection', 'BasicBlock', 'Bottleneck',
+           'ResNet', 'list_models', 'create_model', 'count_parameters', 'rebuild', 'layer_names', 'known_layers',
+           'activations', 'parameter_layers', 'output_sizes', 'flops', 'model_name', 'describe', 'foldable',
+           'fold_batchnorm', 'conv_bn', 'Staged', 'PreActBlock', 'ShuffleUnit', 'InvertedResidual', 'ConvNeXt']
 
 # %% ../nbs/10_models.ipynb #38004f5e
 def conv3x3(inputs: int, outputs: int, stride: int = 1) -> nn.Conv2d: return nn.Conv2d(inputs, outputs, 3, stride, padding=1, bias=False)
@@ -145,13 +145,17 @@ def _promises_module(factory) -> bool:
     except (NameError, TypeError): return False
     return inspect.isfunction(factory) and inspect.isclass(returned) and issubclass(returned, nn.Module)
 
-# %% ../nbs/10_models.ipynb #fe12fcf8
+# %% ../nbs/10_models.ipynb #f8222659
+MOVED = {"drifting_kd.generators.create_mae": "drifting_kd.encoders.create_mae"}  # old name -> name today
+
+# %% ../nbs/10_models.ipynb #e12a72f5
 def rebuild(factory: str, # such as "drifting_kd.models.create_model"
             kwargs: dict, # its arguments
            ) -> nn.Module:
     "A model with fresh weights from what a checkpoint says about it; only factories of this package are called."
     refused = LabError(f"factory {factory!r} does not build a model of drifting_kd; expected a name such as 'drifting_kd.models.create_model'")
     if not isinstance(factory, str) or not re.fullmatch(r"drifting_kd(\.[A-Za-z]\w*){2,}", factory): raise refused
+    factory = MOVED.get(factory, factory)
     module, _, name = factory.rpartition(".")
     try: found = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError): raise refused from None
