@@ -19,44 +19,57 @@ from .data import Dataset, Split
 __all__ = ['SCALES', 'MODES', 'SIDE', 'EXTENSIONS', 'KEYS', 'to_uint8', 'to_rgb', 'bicubic_weights', 'bicubic', 'resize_for',
            'images_of']
 
-# %% ../nbs/20_images.ipynb #acee1773
-SCALES = ("", "signed", "unit")  # of floats: "" looks whether any is negative
-
-# %% ../nbs/20_images.ipynb #464ca1a6
+# %% ../nbs/20_images.ipynb #31fcf42c
 def _as_tensor(images) -> Tensor:
+    "A tensor of the same numbers; a list must hold images of one size."
     if isinstance(images, (list, tuple)):
         sizes = sorted({tuple(np.shape(i)) for i in images})
-        if len(sizes) > 1: raise LabError(f"images of mixed sizes ({', '.join(map(str, sizes[:3]))}); bring them to one size first")
+        if len(sizes) > 1:
+            raise LabError(f"images of mixed sizes ({', '.join(map(str, sizes[:3]))}); bring them to one size first")
         images = torch.stack(list(images)) if sizes and isinstance(images[0], Tensor) else np.asarray(images)
     if isinstance(images, Tensor): return images.detach()
     images = np.asarray(images)
-    if images.dtype.kind not in "fu" or images.dtype.kind == "u" and images.dtype != np.uint8: raise LabError(f"pixels of type {images.dtype}; expected uint8, or floats in [-1, 1] or [0, 1]")
+    if images.dtype.kind not in "fu" or images.dtype.kind == "u" and images.dtype != np.uint8:
+        raise LabError(f"pixels of type {images.dtype}; expected uint8, or floats in [-1, 1] or [0, 1]")
     return torch.from_numpy(np.ascontiguousarray(images))
 
-# %% ../nbs/20_images.ipynb #016f93d1
+# %% ../nbs/20_images.ipynb #1d7b1db1
 def _with_channel(x: Tensor) -> Tensor:
-    if 3 in (x.shape[0], x.shape[-1]): raise LabError(f"images of shape {tuple(x.shape)}: a single colour image? add a batch axis; grey ones as [N, H, W, 1]")
+    "[N, H, W] as [N, H, W, 1]."
+    if 3 in (x.shape[0], x.shape[-1]):
+        raise LabError(f"images of shape {tuple(x.shape)}: a single colour image? "
+                       "add a batch axis; grey ones as [N, H, W, 1]")
     return x[..., None]
 
-# %% ../nbs/20_images.ipynb #ec8878f1
+# %% ../nbs/20_images.ipynb #61c5d900
+def _channels_last(x: Tensor) -> Tensor:
+    "Images of any layout as [N, H, W, C]."
+    if x.ndim == 3: x = _with_channel(x)
+    if x.ndim != 4 or not {x.shape[-1], x.shape[1]} & {1, 3}:
+        raise LabError(f"images of shape {tuple(x.shape)}; expected [N, H, W, C] or [N, C, H, W] with 1 or 3 channels")
+    return x if x.shape[-1] in (1, 3) else x.permute(0, 2, 3, 1)
+
+# %% ../nbs/20_images.ipynb #acee1773
+SCALES = ("", "signed", "unit")  # of floats: "" looks whether any is negative
+
+# %% ../nbs/20_images.ipynb #6c0d21e4
 def to_uint8(images,          # tensor, array or list: [N, H, W, C], [N, C, H, W] or grey [N, H, W]
              scale: str = "", # of floats: signed is [-1, 1], unit is [0, 1], "" decides by whether any is negative
             ) -> Tensor:      # uint8 [N, H, W, C], C is 1 or 3
     "Images as the bytes that a PNG file would hold."
     if scale not in SCALES: raise unknown("scale", scale, SCALES)
-    x = _as_tensor(images)
-    if x.ndim == 3: x = _with_channel(x)
-    if x.ndim != 4 or not {x.shape[-1], x.shape[1]} & {1, 3}: raise LabError(f"images of shape {tuple(x.shape)}; expected [N, H, W, C] or [N, C, H, W] with 1 or 3 channels")
-    if x.shape[-1] not in (1, 3): x = x.permute(0, 2, 3, 1)
+    x = _channels_last(_as_tensor(images))
     if x.dtype == torch.uint8: return x
-    if not x.is_floating_point(): raise LabError(f"pixels of type {x.dtype}; expected uint8, or floats in [-1, 1] or [0, 1]")
+    if not x.is_floating_point():
+        raise LabError(f"pixels of type {x.dtype}; expected uint8, or floats in [-1, 1] or [0, 1]")
     if not len(x): return x.to(torch.uint8)
     x = x.float()
     low, high = (v.item() for v in x.aminmax())
     scale = scale or ("signed" if low < 0 else "unit")
     bottom = -1 if scale == "signed" else 0
     if not (low >= bottom - 1e-3 and high <= 1 + 1e-3):
-        raise LabError(f"pixels from {low:.4g} to {high:.4g}; expected uint8 or floats in [{bottom}, 1]; clamp what a generator makes, divide 0..255 by 255")
+        raise LabError(f"pixels from {low:.4g} to {high:.4g}; expected uint8 or floats in [{bottom}, 1]; "
+                       "clamp what a generator makes, divide 0..255 by 255")
     return (x * 127.5 + 128 if scale == "signed" else x * 255 + .5).clamp(0, 255).to(torch.uint8)  # to uint8 rounds down
 
 # %% ../nbs/20_images.ipynb #9d934e5c
@@ -70,7 +83,7 @@ MODES = ("clean", "legacy_tensorflow", "legacy_pytorch")
 # %% ../nbs/20_images.ipynb #445ed709
 SIDE = 299  # pixels that Inception sees
 
-# %% ../nbs/20_images.ipynb #ca422d48
+# %% ../nbs/20_images.ipynb #4eb795a8
 @functools.lru_cache(maxsize=32)
 def bicubic_weights(n: int,    # pixels in
                     size: int, # pixels out
@@ -82,13 +95,15 @@ def bicubic_weights(n: int,    # pixels in
     pixel = np.arange(n)
     t = np.abs((pixel + .5 - centre) / stretch)
     w = np.where(t < 1, (1.5 * t - 2.5) * t * t + 1, np.where(t < 2, -.5 * (((t - 5) * t + 8) * t - 4), 0))
-    inside = (pixel >= np.maximum((centre - 2 * stretch + .5).astype(int), 0)) & (pixel < (centre + 2 * stretch + .5).astype(int))
+    inside = (pixel >= np.maximum((centre - 2 * stretch + .5).astype(int), 0)) & (
+        pixel < (centre + 2 * stretch + .5).astype(int))
     w = w * inside
     return torch.from_numpy(w / w.sum(1, keepdims=True))
 
-# %% ../nbs/20_images.ipynb #728be0eb
+# %% ../nbs/20_images.ipynb #28b81717
 @functools.lru_cache(maxsize=32)
 def _bicubic(n: int, size: int, device: torch.device) -> Tensor:
+    "The matrix in fp32 on a device, for as long as there are few of them."
     with torch.inference_mode(False): return bicubic_weights(n, size).float().to(device)
 
 # %% ../nbs/20_images.ipynb #b3ec1100
@@ -101,7 +116,7 @@ def bicubic(x: Tensor,  # [N, C, H, W], 0..255
     wide = x.float().reshape(n * c * h, w) @ columns.T
     return torch.matmul(rows, wide.view(n, c, h, size)).clamp_(0, 255)
 
-# %% ../nbs/20_images.ipynb #d17da128
+# %% ../nbs/20_images.ipynb #41c31d61
 def resize_for(x: Tensor,   # [N, 3, H, W], 0..255
                mode: str,   # clean, legacy_tensorflow, legacy_pytorch
                size: int = SIDE,
@@ -109,78 +124,121 @@ def resize_for(x: Tensor,   # [N, 3, H, W], 0..255
     "What clean-fid's resizer of this mode gives."
     if mode not in MODES: raise unknown("mode", mode, MODES)
     if mode == "clean": return bicubic(x, size)
-    if mode == "legacy_pytorch": return F.interpolate(x.float(), (size, size), mode="bilinear", align_corners=False).clamp_(0, 255)
-    return x.float()
+    if mode == "legacy_tensorflow": return x.float()
+    return F.interpolate(x.float(), (size, size), mode="bilinear", align_corners=False).clamp_(0, 255)
 
 # %% ../nbs/20_images.ipynb #f41c7cb7
 EXTENSIONS = {".bmp", ".jpg", ".jpeg", ".pgm", ".png", ".ppm", ".tif", ".tiff", ".webp"}
 
-# %% ../nbs/20_images.ipynb #0a9be529
-KEYS = ("x", "images", "arr_0")  # of a .npz
-
-# %% ../nbs/20_images.ipynb #0eee20b9
+# %% ../nbs/20_images.ipynb #d63936cd
 def _shown(name: str | Path) -> bool:
-    "An image by its name, and not what a Mac or an editor put beside it."
-    return Path(name).suffix.lower() in EXTENSIONS and not any(part[0] == "." or part == "__MACOSX" for part in Path(name).parts)
+    "An image by its name, in no hidden folder."
+    parts = Path(name).parts
+    return Path(name).suffix.lower() in EXTENSIONS and not any(part[0] == "." or part == "__MACOSX" for part in parts)
 
-# %% ../nbs/20_images.ipynb #ae335c3e
+# %% ../nbs/20_images.ipynb #c97a2b05
+def _decode(name, content: Callable) -> np.ndarray:
+    "One image file as uint8 [H, W] or [H, W, 3]."
+    from PIL import Image
+    try:
+        with Image.open(io.BytesIO(content(name))) as image:
+            if image.mode[0] in "IF": raise ValueError(f"{image.mode} pixels, more than 8 bits")
+            return np.array(image.convert("L" if image.mode in ("1", "L", "LA") else "RGB"))
+    except Exception as e:
+        raise LabError(f"{name} is not an image that can be read ({type(e).__name__}: "
+                       f"{' '.join(str(e).split())[:120]}); repair or remove it") from None
+
+# %% ../nbs/20_images.ipynb #f660bbd4
 class _Files:
-    "Image files that all have one size, decoded when they are asked for."
-    def __init__(self, names: list, read: Callable, where):
-        self.names, self.read, self.size = names, read, None
+    "Image files that all have one size."
+    def __init__(self, names: list, content: Callable, where): # content: of a name, the file's bytes
+        self.names, self.content, self.size = names, content, None
         if not names: raise LabError(f"{where} holds no images ({', '.join(sorted(EXTENSIONS))})")
 
+    def _one_size(self, name, image: np.ndarray) -> None:
+        self.size = self.size or image.shape[:2]
+        if image.shape[:2] != self.size:
+            raise LabError(f"{name} is {image.shape[1]}x{image.shape[0]}, others {self.size[1]}x{self.size[0]}: "
+                           "mixed sizes; bring them to one size first")
+
     def __call__(self, rows) -> Tensor:
-        from PIL import Image
         found = []
         for name in (self.names[r] for r in rows):
-            try:
-                with Image.open(io.BytesIO(self.read(name))) as image:
-                    if image.mode[0] in "IF": raise ValueError(f"{image.mode} pixels, more than 8 bits")
-                    found.append(np.array(image.convert("L" if image.mode in ("1", "L", "LA") else "RGB")))
-            except Exception as e: raise LabError(f"{name} is not an image that can be read ({type(e).__name__}: {' '.join(str(e).split())[:120]}); repair or remove it") from None  # decoders fail in any way
-            self.size = self.size or found[-1].shape[:2]
-            if found[-1].shape[:2] != self.size: raise LabError(f"{name} is {found[-1].shape[1]}x{found[-1].shape[0]}, others {self.size[1]}x{self.size[0]}: mixed sizes; bring them to one size first")
+            found.append(_decode(name, self.content))
+            self._one_size(name, found[-1])
         found = [f if f.ndim == 3 else f[..., None] for f in found]
         if len({f.shape[2] for f in found}) > 1: found = [np.broadcast_to(f, (*self.size, 3)) for f in found]
         return to_uint8(torch.from_numpy(np.stack(found)))
 
-# %% ../nbs/20_images.ipynb #eca33435
+# %% ../nbs/20_images.ipynb #0a9be529
+KEYS = ("x", "images", "arr_0")  # of a .npz
+
+# %% ../nbs/20_images.ipynb #daa49b73
 def _array_in(path: Path) -> np.ndarray:
+    "The images of a .npz or .npy."
     found = load_array(path)
     if not isinstance(found, dict): return found
     key = next((k for k in KEYS if k in found), None)
-    if key is None: raise LabError(f"{path} holds {', '.join(sorted(found)[:6]) or 'nothing'}; expected images under x, images or arr_0")
+    if key is None:
+        raise LabError(f"{path} holds {', '.join(sorted(found)[:6]) or 'nothing'}; "
+                       "expected images under x, images or arr_0")
     return found[key]
 
-# %% ../nbs/20_images.ipynb #03f340b5
+# %% ../nbs/20_images.ipynb #44522374
+def _files_of(path: Path) -> _Files:
+    "The images of a folder or a zip."
+    if path.is_dir():
+        return _Files(sorted(p for p in path.rglob("*") if _shown(p.relative_to(path))), Path.read_bytes, path)
+    try: archive = zipfile.ZipFile(path)
+    except (zipfile.BadZipFile, OSError) as e:
+        raise LabError(f"{path} is not a zip file that can be read ({e}); make it again") from None
+    return _Files(sorted(n for n in archive.namelist() if _shown(n)), archive.read, path)
+
+# %% ../nbs/20_images.ipynb #336b0bf6
+def _open_path(path: Path) -> _Files | np.ndarray:
+    "What lies at a path: files to decode, or an array."
+    if not path.exists():
+        raise LabError(f"{path} does not exist; give a folder or zip of images, a .npz, a run, "
+                       "or a data set's split such as digits:test")
+    if path.is_dir() or path.suffix.lower() == ".zip": return _files_of(path)
+    if path.suffix in (".npz", ".npy"): return _array_in(path)
+    raise LabError(f"{path}: expected a folder of images, a .zip of them, a .npz or a .npy")
+
+# %% ../nbs/20_images.ipynb #d2be1b44
 def _open(source, scale: str) -> tuple[int, Callable]:
     "How many images there are, and a function from row numbers to uint8 [N, H, W, C]."
     if isinstance(source, Dataset): raise LabError("a data set has three splits; give data.train or data.test")
     if isinstance(source, Split): source = source.images
-    if isinstance(source, (str, Path)):
-        path = Path(source)
-        if not path.exists(): raise LabError(f"{path} does not exist; give a folder or zip of images, a .npz, a run, or a data set's split such as digits:test")
-        if path.is_dir(): files = _Files(sorted(p for p in path.rglob("*") if _shown(p.relative_to(path))), lambda p: p.read_bytes(), path)
-        elif path.suffix.lower() == ".zip":
-            try: archive = zipfile.ZipFile(path)
-            except (zipfile.BadZipFile, OSError) as e: raise LabError(f"{path} is not a zip file that can be read ({e}); make it again") from None
-            files = _Files(sorted(n for n in archive.namelist() if _shown(n)), archive.read, path)
-        elif path.suffix in (".npz", ".npy"): files, source = None, _array_in(path)
-        else: raise LabError(f"{path}: expected a folder of images, a .zip of them, a .npz or a .npy")
-        if files: return len(files.names), files
+    if isinstance(source, (str, Path)): source = _open_path(Path(source))
+    if isinstance(source, _Files): return len(source.names), source
     whole = _as_tensor(source)
     if whole.ndim == 3: whole = _with_channel(whole)  # now, since a last batch may have three
-    if whole.is_floating_point() and not scale and len(whole): scale = "signed" if whole.min() < 0 else "unit"  # for all of it, not batch by batch
+    if whole.is_floating_point() and not scale and len(whole): scale = "signed" if whole.min() < 0 else "unit"
     return len(whole), lambda rows: to_uint8(whole[torch.as_tensor(rows, device=whole.device)], scale)
 
-# %% ../nbs/20_images.ipynb #5964924c
+# %% ../nbs/20_images.ipynb #5978cc8d
 def _chosen(total: int, n: int, seed: int) -> list[int]:
     "Which images of a source: all, or n at random in their order."
     if n > total: raise LabError(f"n={n}, but there are {total} images")
-    return list(range(total)) if n in (0, total) else torch.randperm(total, generator=generator(seed))[:n].sort().values.tolist()
+    if n in (0, total): return list(range(total))
+    return torch.randperm(total, generator=generator(seed))[:n].sort().values.tolist()
 
-# %% ../nbs/20_images.ipynb #a7ebf43b
+# %% ../nbs/20_images.ipynb #79b56987
+def _sampled(sampler: Callable, n: int, batch_size: int, seed: int, scale: str) -> Iterator[Tensor]:
+    "What a sampler makes, in batches."
+    if not n: raise LabError("a sampler makes as many images as it is told: give n "
+                             "(which counts the fakes; of real images a sampler cannot be the source)")
+    for i, start in enumerate(range(0, n, batch_size)):
+        size = min(batch_size, n - start)
+        with torch.no_grad(): made = _as_tensor(sampler(size, generator(seed, i)))
+        if not (i or scale) and made.is_floating_point() and made.numel() and made.min() >= 0:
+            warnings.warn("no pixel of the sampler's is negative, and they are read as [-1, 1]; "
+                          "for pixels in [0, 1] give scale='unit'", stacklevel=3)
+        x = to_uint8(made[..., None] if made.ndim == 3 and made.shape[-1] != 3 else made, scale or "signed")
+        if len(x) != size: raise LabError(f"the sampler gave {len(x)} images instead of {size}")
+        yield x
+
+# %% ../nbs/20_images.ipynb #8437dc1c
 def images_of(source,               # tensor, array, Split, folder, .zip, .npz, .npy, or f(n, generator) -> images
               n: int = 0,           # how many; 0 is all (a sampler needs a number)
               batch_size: int = 256,
@@ -190,14 +248,7 @@ def images_of(source,               # tensor, array, Split, folder, .zip, .npz, 
     "The images of any source, in batches."
     if batch_size < 1 or n < 0: raise LabError(f"n={n}, batch_size={batch_size}: expected at least 0 and 1")
     if callable(source):
-        if not n: raise LabError("a sampler makes as many images as it is told: give n (which counts the fakes; of real images a sampler cannot be the source)")
-        for i, start in enumerate(range(0, n, batch_size)):
-            size = min(batch_size, n - start)
-            with torch.no_grad(): made = _as_tensor(source(size, generator(seed, i)))
-            if not (i or scale) and made.is_floating_point() and made.numel() and made.min() >= 0: warnings.warn("no pixel of the sampler's is negative, and they are read as [-1, 1]; for pixels in [0, 1] give scale='unit'")
-            x = to_uint8(made[..., None] if made.ndim == 3 and made.shape[-1] != 3 else made, scale or "signed")
-            if len(x) != size: raise LabError(f"the sampler gave {len(x)} images instead of {size}")
-            yield x
+        yield from _sampled(source, n, batch_size, seed, scale)
         return
     total, fetch = _open(source, scale)
     rows = _chosen(total, n, seed)
