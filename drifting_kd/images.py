@@ -52,7 +52,7 @@ def _channels_last(x: Tensor) -> Tensor:
 # %% ../nbs/20_images.ipynb #acee1773
 SCALES = ("", "signed", "unit")  # of floats: "" looks whether any is negative
 
-# %% ../nbs/20_images.ipynb #6c0d21e4
+# %% ../nbs/20_images.ipynb #130e155b
 def to_uint8(images,          # tensor, array or list: [N, H, W, C], [N, C, H, W] or grey [N, H, W]
              scale: str = "", # of floats: signed is [-1, 1], unit is [0, 1], "" decides by whether any is negative
             ) -> Tensor:      # uint8 [N, H, W, C], C is 1 or 3
@@ -70,7 +70,8 @@ def to_uint8(images,          # tensor, array or list: [N, H, W, C], [N, C, H, W
     if not (low >= bottom - 1e-3 and high <= 1 + 1e-3):
         raise LabError(f"pixels from {low:.4g} to {high:.4g}; expected uint8 or floats in [{bottom}, 1]; "
                        "clamp what a generator makes, divide 0..255 by 255")
-    return (x * 127.5 + 128 if scale == "signed" else x * 255 + .5).clamp(0, 255).to(torch.uint8)  # to uint8 rounds down
+    x = x * 127.5 + 128 if scale == "signed" else x * 255 + .5
+    return x.clamp(0, 255).to(torch.uint8)  # to uint8 rounds down
 
 # %% ../nbs/20_images.ipynb #9d934e5c
 def to_rgb(x: Tensor) -> Tensor:
