@@ -16,7 +16,8 @@ from asked import asked
 from drifting_kd.core import environment, seed_everything, write_json
 from drifting_kd.data import Dataset, Split, normalize
 from drifting_kd.kd import distill_terms
-from drifting_kd.teachers import HostBatches, Teachers, cache_bytes
+from drifting_kd.cache import HostBatches, cache_bytes
+from drifting_kd.teachers import Teachers
 from drifting_kd.models import create_model
 from drifting_kd.checkpoints import frozen
 

@@ -22,7 +22,8 @@ from .classify import Classify, TrainConfig, classifier, prepare
 from .kd import Composition, METHODS, composition, distill_terms, gate, teacher_weights
 from .features import (
     FEATURE_WEIGHTS, FitNet, attention_transfer, drift_term, relational, similarity_preserving)
-from .teachers import CONFIDENCES, HostBatches, Teachers, fold_splits, halves, words_of_sources
+from .cache import HostBatches
+from .teachers import CONFIDENCES, Teachers, fold_splits, halves, words_of_sources
 
 # %% auto #0
 __all__ = ['DistillConfig', 'train_teachers', 'train_baseline', 'Distill', 'votes', 'plot_gates']
