@@ -348,7 +348,7 @@ class PreActBlock(nn.Module):
         x = x if self.shortcut is None else self.shortcut(y)
         return x + self.conv2(F.relu(self.bn2(self.conv1(y))))
 
-# %% ../nbs/10_models.ipynb #d626c97d
+# %% ../nbs/10_models.ipynb #4ab3b87f
 def _wrn(depth: int, factor: int, num_classes: int, in_channels: int, image_size: int) -> nn.Module:
     widths, stages, n = (16, 16 * factor, 32 * factor, 64 * factor), [], (depth - 4) // 6
     for i in range(3):
@@ -356,7 +356,7 @@ def _wrn(depth: int, factor: int, num_classes: int, in_channels: int, image_size
         stages.append(nn.Sequential(first, *(PreActBlock(widths[i + 1], widths[i + 1]) for _ in range(n - 1))))
     tail = nn.Sequential(nn.BatchNorm2d(widths[3]), nn.ReLU())
     return Staged(conv3x3(in_channels, 16), stages, tail, widths[3], num_classes).he()
-MODELS |= {f"wrn_{depth}_{factor}": functools.partial(_wrn, depth, factor) for depth, factor in ((16, 2), (40, 1), (40, 2))}
+MODELS |= {f"wrn_{depth}_{k}": functools.partial(_wrn, depth, k) for depth, k in ((16, 2), (40, 1), (40, 2))}
 
 # %% ../nbs/10_models.ipynb #621f7474
 def _vgg(depths: tuple, num_classes: int, in_channels: int, image_size: int) -> nn.Module:
@@ -411,7 +411,7 @@ class InvertedResidual(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor: return x + self.conv(x) if self.adds else self.conv(x)
 
-# %% ../nbs/10_models.ipynb #9087747d
+# %% ../nbs/10_models.ipynb #88a230ef
 def _mobilenet_v2(half: bool, num_classes: int, in_channels: int, image_size: int) -> nn.Module:
     act, part = (nn.ReLU, 2) if half else (nn.ReLU6, 1)
     channels, stages = 32 // part, [[]]
@@ -425,7 +425,8 @@ def _mobilenet_v2(half: bool, num_classes: int, in_channels: int, image_size: in
             channels = width // part
     stages, tail = [nn.Sequential(*s) for s in stages], nn.Sequential(*conv_bn(channels, 1280, act=act))
     return Staged(nn.Sequential(*stem), stages, tail, 1280, num_classes).he(head_std=.01)
-MODELS |= {name: functools.partial(_mobilenet_v2, half) for name, half in (("mobilenet_v2", False), ("mobilenet_v2_half", True))}
+MODELS |= {"mobilenet_v2": functools.partial(_mobilenet_v2, False)}
+MODELS |= {"mobilenet_v2_half": functools.partial(_mobilenet_v2, True)}
 
 # %% ../nbs/10_models.ipynb #be6d8f2c
 class ConvNeXt(Staged):
