@@ -15,14 +15,14 @@ from .plots import COLOURS, Picture, as_array, styled
 # %% auto #0
 __all__ = ['FIELD_BLOCK', 'toy_field', 'check_temps', 'compute_V', 'feature_scale', 'drift_loss', 'guidance_weight', 'compiled_V']
 
-# %% ../nbs/40_drift.ipynb #12d445e7
+# %% ../nbs/40_drift.ipynb #8fe72559
 @styled
 def toy_field(x,                  # generated samples [N, 2], or a list of such: a panel each
               y,                  # real samples, likewise
               V=None,             # arrows at x, likewise
               titles: list = (),  # of the panels
               title: str = "",
-              length: float = 0,  # of an arrow for V = 1, in the samples' units; 0: the longest take a seventh of the picture
+              length: float = 0,  # of an arrow for V = 1; 0: the longest take a seventh of the picture
              ) -> Picture:
     "Generated and real samples in the plane, and where the field moves each generated one; all panels at one scale."
     x, y, V = _panels(x, y, V, titles)
@@ -35,19 +35,23 @@ def toy_field(x,                  # generated samples [N, 2], or a list of such:
     height = side * rows * (.15 + (high - low)[1] / span) + .5 + .3 * bool(title)
     fig = Picture(figsize=(side * columns, height), layout="constrained")
     axes = list(fig.subplots(rows, columns, squeeze=False).flat)
-    for i, ax in enumerate(axes[:len(x)]): _draw(ax, x[i], y[i], V[i], length, low - .1 * span, high + .1 * span, titles[i:i + 1], words=i == 0)
+    for i, (ax, *shown) in enumerate(zip(axes, x, y, V)):
+        _draw(ax, *shown, length, (low - .1 * span, high + .1 * span), titles[i:i + 1], words=i == 0)
     for ax in axes[len(x):]: ax.remove()
     if title: fig.suptitle(title)
     return fig
 
-# %% ../nbs/40_drift.ipynb #48f7a4e9
-def _draw(ax, x: np.ndarray, y: np.ndarray, V: np.ndarray | None, length: float, low, high, title: list, words: bool) -> None:
+# %% ../nbs/40_drift.ipynb #2272e22d
+def _draw(ax, x: np.ndarray, y: np.ndarray, V: np.ndarray | None, length: float, limits: tuple, title: list,
+          words: bool) -> None:
     "One panel."
     ax.scatter(*y.T, s=7, color=COLOURS[0], alpha=.6, linewidths=0)
     ax.scatter(*x.T, s=7, color=COLOURS[1], linewidths=0)
     if V is not None:
-        ax.quiver(*x.T, *(length * V).T, angles="xy", scale_units="xy", scale=1, width=.005, color=COLOURS[6], alpha=.65)
-    ax.set(xlim=(low[0], high[0]), ylim=(low[1], high[1]), aspect="equal", xticks=[], yticks=[])
+        ax.quiver(*x.T, *(length * V).T, angles="xy", scale_units="xy", scale=1, width=.005,
+                  color=COLOURS[6], alpha=.65)
+    xlim, ylim = zip(*limits)
+    ax.set(xlim=xlim, ylim=ylim, aspect="equal", xticks=[], yticks=[])
     ax.grid(False)
     ax.spines[:].set_visible(False)
     for t in title: ax.set_title(t)
@@ -65,14 +69,15 @@ def _panels(x, y, V, titles) -> tuple[list, list, list]:
         raise LabError("V and x differ in length: expected an arrow for each sample of x")
     return x, y, V
 
-# %% ../nbs/40_drift.ipynb #b81ef7ff
+# %% ../nbs/40_drift.ipynb #e4bce60b
 def _clouds(what: str, given, count: int | None = None) -> list[np.ndarray]:
     "One cloud or several, as arrays."
     clouds = [as_array(c).astype(float) for c in (given if isinstance(given, (list, tuple)) else [given])]
     for c in clouds:
-        if c.ndim != 2 or c.shape[1] != 2 or not len(c): raise LabError(f"{what} {list(c.shape)}: expected samples in two columns, [N, 2]")
-    if count and len(clouds) != count: raise LabError(f"{len(clouds)} clouds of {what} for {count} of x: expected as many")
-    return clouds
+        if c.ndim == 2 and c.shape[1] == 2 and len(c): continue
+        raise LabError(f"{what} {list(c.shape)}: expected samples in two columns, [N, 2]")
+    if not count or len(clouds) == count: return clouds
+    raise LabError(f"{len(clouds)} clouds of {what} for {count} of x: expected as many")
 
 # %% ../nbs/40_drift.ipynb #d5a3102c
 def _longest(V: list) -> float:
@@ -93,11 +98,12 @@ class _Sets(NamedTuple):
     same: bool        # row i of x is row i of y: its distance to itself is 0, whatever rounding says
     masked: bool      # and it does not see itself
 
-# %% ../nbs/40_drift.ipynb #6b11d72f
+# %% ../nbs/40_drift.ipynb #876d3f7f
 def _sets(x: Tensor, y_pos: Tensor, y_neg: Tensor | None, y_uncond: Tensor | None, weight, self_mask: bool,
           temps=(1.,), sinkhorn_iters: int = 1, chunk: int = 0, look: bool = True) -> _Sets:
     "Check the input and bring it into one form."
-    given = {name: t for name, t in (("y_neg", y_neg), ("y_uncond", y_uncond), ("y_pos", y_pos)) if t is not None or name == "y_pos"}
+    given = dict(y_neg=y_neg, y_uncond=y_uncond, y_pos=y_pos)
+    given = {name: t for name, t in given.items() if t is not None or name == "y_pos"}
     _check(x, given, temps, weight, self_mask, sinkhorn_iters, chunk)
     dtype, N = torch.float64 if x.dtype == torch.float64 else torch.float32, x.shape[-2]
     def flat(t): return t.detach().to(dtype).reshape(-1, *t.shape[-2:])
@@ -105,7 +111,7 @@ def _sets(x: Tensor, y_pos: Tensor, y_neg: Tensor | None, y_uncond: Tensor | Non
     moved = flat(x)
     negatives = moved if own else flat(y_neg)
     y = torch.cat([negatives] + [flat(given[n]) for n in ("y_uncond", "y_pos") if n in given], 1)
-    centre = y.sum(1, keepdim=True) / y.shape[1]  # |x|^2 + |y|^2 - 2xy loses digits far from the origin; the field sees no shift
+    centre = y.sum(1, keepdim=True) / y.shape[1]  # |x|^2 + |y|^2 - 2xy loses digits far from the origin
     y.sub_(centre)
     moved = y[:, :N] if own else moved - centre
     yy = torch.linalg.vector_norm(y, dim=-1).square_()
@@ -122,16 +128,18 @@ def _group_weights(weight: Tensor | float, x: Tensor, y: Tensor) -> Tensor:
     w = weight.to(x.device, y.dtype) if isinstance(weight, Tensor) else y.new_full((), weight)
     return w.expand(x.shape[:-2]).reshape(-1, 1, 1, 1)
 
-# %% ../nbs/40_drift.ipynb #c0facea4
+# %% ../nbs/40_drift.ipynb #8236c1f6
 def _look(s: _Sets, x: Tensor, given: dict, self_mask: bool) -> None:
     "Refuse values that cannot be right."
     if not bool(s.yy.isfinite().all() & s.xx.isfinite().all()):
         name = next((n for n, t in {"x": x, **given}.items() if not t.isfinite().all()), "x or y")
-        raise LabError(f"{name} holds numbers that are not finite, or too large to square; look at the network that made these features")
+        raise LabError(f"{name} holds numbers that are not finite, or too large to square; "
+                       "look at the network that made these features")
     if self_mask and "y_neg" in given and not torch.equal(x, given["y_neg"][..., :x.shape[-2], :]):
-        raise LabError("self_mask says that y_neg's first rows are x's, but they hold other numbers; put x first, or leave self_mask out")
+        raise LabError("self_mask says that y_neg's first rows are x's, but they hold other numbers; "
+                       "put x first, or leave self_mask out")
 
-# %% ../nbs/40_drift.ipynb #2ba82a91
+# %% ../nbs/40_drift.ipynb #03486c59
 def _check(x: Tensor, given: dict, temps, weight, self_mask: bool, sinkhorn_iters: int, chunk: int) -> None:
     "Refuse what does not fit together, by shapes alone."
     for name, t in {"x": x, **given}.items(): _check_samples(name, t, x)
@@ -141,7 +149,8 @@ def _check(x: Tensor, given: dict, temps, weight, self_mask: bool, sinkhorn_iter
             raise LabError(f"{name}={value!r}: expected a whole number of at least {low}")
     n, y_neg = x.shape[-2], given.get("y_neg")
     if (y_neg is None or self_mask) and n == 1:
-        raise LabError("x has one sample and the self mask leaves it nothing to be compared with; give at least 2, or y_neg without self_mask")
+        raise LabError("x has one sample and the self mask leaves it nothing to be compared with; "
+                       "give at least 2, or y_neg without self_mask")
     if self_mask and y_neg is not None and y_neg.shape[-2] < n:
         raise LabError(f"self_mask says that y_neg's first rows are x's {n}, but y_neg has {y_neg.shape[-2]}")
     _check_weight(x, weight, "y_uncond" in given)
@@ -164,23 +173,28 @@ def check_temps(temps: tuple) -> None:
         if all(isinstance(t, numbers.Real) and 0 < t < math.inf for t in temps): return
     raise LabError(f"temps={temps!r}: expected one or more temperatures above 0, each once, such as (.02, .05, .2)")
 
-# %% ../nbs/40_drift.ipynb #f144c121
+# %% ../nbs/40_drift.ipynb #41953c69
 def _check_weight(x: Tensor, weight: Tensor | float, used: bool) -> None:
     "Refuse a weight of the unconditional samples that is none, or has no effect."
     if isinstance(weight, Tensor):
         try: fits = torch.broadcast_shapes(weight.shape, x.shape[:-2]) == x.shape[:-2]
         except RuntimeError: fits = False
-        if not fits: raise LabError(f"uncond_weight {list(weight.shape)}: expected a number, or one for each group, {list(x.shape[:-2])}")
+        if not fits:
+            raise LabError(f"uncond_weight {list(weight.shape)}: expected a number, or one for each group, "
+                           f"{list(x.shape[:-2])}")
         bad = weight.device.type == "cpu" and not bool(((weight >= 0) & weight.isfinite()).all())
     else: bad = not isinstance(weight, (int, float)) or not 0 <= weight < math.inf
-    if bad: raise LabError(f"uncond_weight={weight!r}: expected at least 0, (alpha - 1)(N - 1)/U for a guidance alpha of at least 1")
+    if bad:
+        raise LabError(f"uncond_weight={weight!r}: expected at least 0, "
+                       "(alpha - 1)(N - 1)/U for a guidance alpha of at least 1")
     if not used and (isinstance(weight, Tensor) or weight != 1):
         raise LabError(f"uncond_weight={weight!r} without y_uncond has no effect; give the unconditional samples too")
 
-# %% ../nbs/40_drift.ipynb #2994ffad
+# %% ../nbs/40_drift.ipynb #80473e58
 def _distances(s: _Sets, groups: slice, rows: slice, sums: Tensor | None = None) -> Tensor:
     "d [b, n, M]; a masked pair is infinitely far away. `sums` [2, B, M] collects distances and squares over rows."
-    d = torch.baddbmm(s.yy[groups, None], s.x[groups, rows], s.y[groups].mT, alpha=-2).add_(s.xx[groups, rows, None]).clamp_(min=0)
+    d = torch.baddbmm(s.yy[groups, None], s.x[groups, rows], s.y[groups].mT, alpha=-2)
+    d.add_(s.xx[groups, rows, None]).clamp_(min=0)
     itself = d[:, :, rows].diagonal(dim1=-2, dim2=-1)
     if s.same: itself.zero_()
     if sums is not None: sums[1, groups] += d.sum(-2)
@@ -196,9 +210,9 @@ def _row_column_sums(d: Tensor, inverse: Tensor, f: Tensor, g: Tensor) -> tuple[
     l = l.sub_(f[..., None]).sub_(g[:, :, None])
     return l.logsumexp(-1), l.logsumexp(-2)
 
-# %% ../nbs/40_drift.ipynb #6d1a0b36
+# %% ../nbs/40_drift.ipynb #6b924c91
 def _potentials(blocks: Callable, kernels: list, inverse: Tensor, shape: tuple) -> tuple[Tensor, Tensor]:
-    "f [b, T, N] and g [b, T, M] with log A = -d/tau - f - g: each step takes half of each row's and column's log-sum away."
+    "f [b, T, N] and g [b, T, M] with log A = -d/tau - f - g: each step takes half of the log-sums away."
     b, N, M = shape
     f, g = inverse.new_zeros(b, len(inverse), N), inverse.new_zeros(b, len(inverse), M)
     for kernel in kernels:
@@ -210,27 +224,28 @@ def _potentials(blocks: Callable, kernels: list, inverse: Tensor, shape: tuple) 
         f, g = f + torch.cat(rows_sum, -1) / 2, g + columns_sum / 2
     return f, g
 
-# %% ../nbs/40_drift.ipynb #72ea63be
+# %% ../nbs/40_drift.ipynb #a43cb5cc
 def _first_sums(d: Tensor, inverse: Tensor, *_) -> tuple[Tensor, Tensor]:
-    "What `_row_column_sums` gives before the first step, from one exponential: for shifted distances that `_in_range` has passed."
+    "What `_row_column_sums` gives before the first step: for shifted distances that `_in_range` has passed."
     e = (d[:, None] * -inverse).exp_()
     return e.sum(-1).log_(), e.sum(-2).log_()
 
-# %% ../nbs/40_drift.ipynb #8fa97a92
+# %% ../nbs/40_drift.ipynb #1edee811
 def _in_range(d: Tensor, inverse: Tensor) -> bool:
-    "Take the smallest distance from all (A does not see it); is then something left of every row and column after exp(-d/tau)?"
+    "Take the smallest distance from all (A does not see it): is something left of every row and column?"
     rows, columns = d.amin(-1), d.amin(-2)
     least = rows.amin()
     d.sub_(least)
     room = -math.log(torch.finfo(d.dtype).tiny) - 27  # what is e^-27 of a sum does not count
     return bool((torch.maximum(rows.amax(), columns.amax()) - least) * inverse.amax() < room)
 
-# %% ../nbs/40_drift.ipynb #34406b95
-def _coefficients(d: Tensor, inverse: Tensor, f: Tensor, g: Tensor, log_weight: Tensor, first_u: int, first_p: int) -> tuple[Tensor, Tensor]:
-    "Rows c [b, T, n, M] with c @ y = mean of positives - mean of negatives as the affinities weigh them, and log(a+ a-) [b, T, n]."
+# %% ../nbs/40_drift.ipynb #e3f43cb7
+def _coefficients(d: Tensor, inverse: Tensor, f: Tensor, g: Tensor, log_weight: Tensor,
+                  first_u: int, first_p: int) -> tuple[Tensor, Tensor]:
+    "Rows c [b, T, n, M] with c @ y = weighted mean of positives - that of negatives, and log(a+ a-) [b, T, n]."
     l = d[:, None] * -inverse
     l = l.sub_(g[:, :, None])  # f is the same for the whole row: it only enters a+ a-
-    if first_u < first_p: l[..., first_u:first_p] += log_weight  # f and g don't know of it: this multiplies the affinity
+    if first_u < first_p: l[..., first_u:first_p] += log_weight  # f and g don't know of it: it multiplies the affinity
     strength = -2 * f
     for part, sign in ((l[..., :first_p], -1), (l[..., first_p:], 1)):
         largest = part.amax(-1, keepdim=True)
@@ -239,8 +254,9 @@ def _coefficients(d: Tensor, inverse: Tensor, f: Tensor, g: Tensor, log_weight: 
         strength = strength + (largest + total.log())[..., 0]
     return l, strength
 
-# %% ../nbs/40_drift.ipynb #b07fc61b
-FIELD_BLOCK = {"cpu": 2**21, "cuda": 2**27, "mps": 2**25}  # numbers in a block: what a core's cache holds; on a GPU what keeps it busy
+# %% ../nbs/40_drift.ipynb #63c68b88
+# numbers in a block of affinities: what a core's cache holds; on a GPU what keeps it busy
+FIELD_BLOCK = {"cpu": 2**21, "cuda": 2**27, "mps": 2**25}
 
 # %% ../nbs/40_drift.ipynb #25495813
 def _blocks(B: int, N: int, width: int, chunk: int, device: str) -> tuple[list[slice], list[slice]]:
@@ -255,8 +271,9 @@ def _rows_of(s: _Sets, kept: Tensor | None, groups: slice, all_rows: list[slice]
     "Rows and their distances, kept or made again."
     for rows in all_rows: yield rows, kept[groups, rows] if kept is not None else _distances(s, groups, rows)
 
-# %% ../nbs/40_drift.ipynb #6f1d7a95
-def _directions(s: _Sets, kept: Tensor | None, blocks: tuple, inverse: Tensor, kernels: list, coefficients: Callable) -> tuple[list, Tensor]:
+# %% ../nbs/40_drift.ipynb #338a9a97
+def _directions(s: _Sets, kept: Tensor | None, blocks: tuple, inverse: Tensor, kernels: list,
+                coefficients: Callable) -> tuple[list, Tensor]:
     "Blocks (groups, rows, directions [b, T, n, D]) and, for all, the strengths log(a+ a-) [B, T, N]."
     (B, N, _), M, T = s.x.shape, s.y.shape[1], len(inverse)
     found, strength = [], torch.empty(B, T, N, dtype=s.x.dtype, device=s.x.device)
@@ -269,11 +286,12 @@ def _directions(s: _Sets, kept: Tensor | None, blocks: tuple, inverse: Tensor, k
             found.append((groups, rows, torch.bmm(c.flatten(1, 2), y).unflatten(1, (T, -1))))
     return found, strength
 
-# %% ../nbs/40_drift.ipynb #9b655a3b
+# %% ../nbs/40_drift.ipynb #31aa0010
 def _factors(s: _Sets, found: list, strength: Tensor, normalize: bool) -> tuple[Tensor, Tensor]:
     "What the directions are multiplied by, [B, T, N]: a+ a- itself, and (with `normalize`) divided by the field's rms."
     D, eps = s.x.shape[2], torch.finfo(s.x.dtype).eps
-    plain, share = strength.exp(), (strength - strength.amax((0, 2), keepdim=True)).exp()  # plain may underflow, the largest share is 1
+    plain = strength.exp()  # may underflow; the largest share is 1
+    share = (strength - strength.amax((0, 2), keepdim=True)).exp()
     lengths = torch.empty_like(strength)
     for groups, rows, U in found: lengths[groups, :, rows] = torch.linalg.vector_norm(U, dim=-1)
     square = (share * lengths).square().mean((0, 2), keepdim=True)
@@ -300,10 +318,11 @@ def _add_up(out: Tensor, U: Tensor, k: Tensor) -> Tensor:
     for t in range(1, U.shape[1]): out.addcmul_(U[:, t], k[:, t, :, None])
     return out
 
-# %% ../nbs/40_drift.ipynb #f27466b9
+# %% ../nbs/40_drift.ipynb #36dd7a8d
 def _sums(s: _Sets) -> Tensor:
     "Room for sums of distances and of their squares; MPS has no float64."
-    return torch.zeros(2, *s.yy.shape, dtype=torch.float32 if s.yy.device.type == "mps" else torch.float64, device=s.yy.device)
+    dtype = torch.float32 if s.yy.device.type == "mps" else torch.float64
+    return torch.zeros(2, *s.yy.shape, dtype=dtype, device=s.yy.device)
 
 # %% ../nbs/40_drift.ipynb #8a561b94
 def _mean_distance(s: _Sets, sums: Tensor) -> Tensor:
@@ -349,9 +368,9 @@ class _Field(NamedTuple):
     dist_var: Tensor | None
     drift_norm: Tensor | None   # root mean square over samples of |sum of the unnormalised V|, in units of S
 
-# %% ../nbs/40_drift.ipynb #a4af013e
-def _field(s: _Sets, temps: tuple, steps: int, chunk: int, normalize: bool = True, scaled: bool = False, stats: bool = False,
-           compiled: bool = False) -> _Field:
+# %% ../nbs/40_drift.ipynb #f1671ae2
+def _field(s: _Sets, temps: tuple, steps: int, chunk: int, normalize: bool = True, scaled: bool = False,
+           stats: bool = False, compiled: bool = False) -> _Field:
     "The drifting field of all groups; `scaled` measures temperatures in units of S, and V is then the loss's step."
     on, blocks = s.x.device, _blocks(*s.x.shape[:2], len(temps) * s.y.shape[1], chunk, s.x.device.type)
     sums = _sums(s) if scaled or stats else None
@@ -361,26 +380,27 @@ def _field(s: _Sets, temps: tuple, steps: int, chunk: int, normalize: bool = Tru
     if scaled: inverse = inverse / S.clamp(min=1e-30)  # features that do not vary have S = 0 and no field
     row_column_sums, coefficients = _kernels(compiled and on.type == "cuda")
     kernels = [row_column_sums] * steps
-    if kept is not None and on.type == "cpu" and _in_range(kept, inverse): kernels[0] = _first_sums  # a GPU would have to stop and look
+    may_look = kept is not None and on.type == "cpu"  # a GPU would have to stop
+    if may_look and _in_range(kept, inverse): kernels[0] = _first_sums
     found, strength = _directions(s, kept, blocks, inverse, kernels, coefficients)
     del kept
     V, drift = _combine(s, found, strength, normalize, raw=scaled)
     mean, var = _sum_up(s, sums) if sums is not None else (None, None)
     return _Field(V, S, mean, var, drift / S.clamp(min=1e-30) if scaled else None)
 
-# %% ../nbs/40_drift.ipynb #6a636e4d
+# %% ../nbs/40_drift.ipynb #729be0eb
 @torch.no_grad()
 def compute_V(x: Tensor,                    # [..., N, D] generated samples, or their features
               y_pos: Tensor,                # [..., P, D] real ones
-              y_neg: Tensor | None = None,  # [..., Q, D] what x is pushed away from; None is x, and no sample pushes itself
+              y_neg: Tensor | None = None,  # [..., Q, D] what pushes x away; None is x, and no sample pushes itself
               temps=(.02, .05, .2),         # kernel temperatures, in units of the distances
               y_uncond: Tensor | None = None, # [..., U, D] reals of all classes: further negatives
-              uncond_weight=1.,             # their weight after the softmax, `guidance_weight`; a number or one a group, [...]
+              uncond_weight=1.,             # their weight after the softmax, `guidance_weight`: one, or one a group
               self_mask: bool = False,      # the first N rows of y_neg are x: row i is x_i and does not push itself
               normalize: bool = True,       # divide each temperature's field by its rms over the whole call
               sinkhorn_iters: int = 1,      # 1 is the geometric mean of both softmaxes
-              chunk: int = 0,               # rows at a time, distances computed once more a step; 0 keeps one distance matrix
-              return_dist_stats: bool = False, # also {feature_dist_mean, feature_dist_var} of the distances that enter the logits
+              chunk: int = 0,               # rows at a time, for memory; 0 keeps one distance matrix
+              return_dist_stats: bool = False, # also {feature_dist_mean, feature_dist_var}, of the distances
              ) -> Tensor:                   # [..., N, D], fp32 (float64 for float64)
     "The drifting field at x: towards positives, away from negatives. Nothing is differentiated."
     s = _sets(x, y_pos, y_neg, y_uncond, uncond_weight, self_mask, temps, sinkhorn_iters, chunk)
@@ -416,8 +436,8 @@ class _Towards(torch.autograd.Function):
         # a loss scale comes in before half precision could lose small numbers
         return (upstream * ctx.saved_tensors[0]).to(ctx.dtype), None, None
 
-# %% ../nbs/40_drift.ipynb #b58f6ed4
-def drift_loss(x: Tensor,                    # [..., N, D] features of generated samples; the gradient flows here and nowhere else
+# %% ../nbs/40_drift.ipynb #baf41624
+def drift_loss(x: Tensor,                    # [..., N, D] features of generated samples; only here a gradient flows
                y_pos: Tensor,                # [..., P, D] of real samples (or a teacher's) of the same class
                y_neg: Tensor | None = None,  # the rest as in compute_V
                temps=(.02, .05, .2),         # in units of S, the mean distance
@@ -427,8 +447,8 @@ def drift_loss(x: Tensor,                    # [..., N, D] features of generated
                sinkhorn_iters: int = 1,
                chunk: int = 0,
                compiled: bool = False,       # on a CUDA device, as `compiled_V`
-               look: bool = True,            # refuse features that are not finite, on a CPU; a task leaves that to the loop
-              ) -> tuple[Tensor, dict]:      # the loss, and 0-d tensors: drift_norm, feature_dist_mean, feature_dist_var, feature_scale
+               look: bool = True,            # refuse features that are not finite, on a CPU; a task need not
+              ) -> tuple[Tensor, dict]:      # and drift_norm, feature_dist_mean, feature_dist_var, feature_scale
     "Mean squared distance from f = x sqrt(D)/S to the fixed target f + V: one feature map, all of its groups."
     with torch.no_grad(), exact_fp32(x.device):
         s = _sets(x, y_pos, y_neg, y_uncond, uncond_weight, self_mask, temps, sinkhorn_iters, chunk, look)
@@ -439,21 +459,23 @@ def drift_loss(x: Tensor,                    # [..., N, D] features of generated
     return _Towards.apply(x, value, gradient), dict(drift_norm=found.drift_norm, feature_dist_mean=found.dist_mean,
                                                     feature_dist_var=found.dist_var, feature_scale=found.scale)
 
-# %% ../nbs/40_drift.ipynb #8a45ceb0
+# %% ../nbs/40_drift.ipynb #7a82455d
 def guidance_weight(alpha, # of one group, or a tensor of them; at least 1, and 1 is no guidance
                     n: int, # generated samples in a group
                     u: int, # unconditional samples in a group
                    ):
     "w = (alpha - 1)(N - 1)/U: unconditional samples are then the share (alpha - 1)/alpha of all negatives."
-    if n < 2 or u < 1: raise LabError(f"guidance_weight: n={n} generated and u={u} unconditional samples; expected at least 2 and 1")
+    if n < 2 or u < 1:
+        raise LabError(f"guidance_weight: n={n} generated and u={u} unconditional samples; expected at least 2 and 1")
     low = alpha if not isinstance(alpha, Tensor) else float(alpha.min()) if alpha.device.type == "cpu" else 1
     if not 1 <= low < math.inf: raise LabError(f"alpha={low:g}: guidance starts at 1, which is none")
     return (alpha - 1) * (n - 1) / u
 
-# %% ../nbs/40_drift.ipynb #35bdcc97
+# %% ../nbs/40_drift.ipynb #baecd9b0
 @torch.no_grad()
-def compiled_V(x: Tensor, y_pos: Tensor, y_neg: Tensor | None = None, temps=(.02, .05, .2), y_uncond: Tensor | None = None,
-               uncond_weight=1., self_mask: bool = False, normalize: bool = True, sinkhorn_iters: int = 1, chunk: int = 0) -> Tensor:
+def compiled_V(x: Tensor, y_pos: Tensor, y_neg: Tensor | None = None, temps=(.02, .05, .2),
+               y_uncond: Tensor | None = None, uncond_weight=1., self_mask: bool = False, normalize: bool = True,
+               sinkhorn_iters: int = 1, chunk: int = 0) -> Tensor:
     "`compute_V` with everything between its products compiled on a CUDA device; elsewhere it is `compute_V`."
     s = _sets(x, y_pos, y_neg, y_uncond, uncond_weight, self_mask, temps, sinkhorn_iters, chunk)
     with exact_fp32(x.device): return _field(s, temps, sinkhorn_iters, chunk, normalize, compiled=True).V.view(x.shape)

@@ -45,22 +45,24 @@ class Reals:
         groups, places, rows = upload(torch.tensor([(*at, row) for at, row in slot.items()]).T, values[0].device)
         for kept, v in zip(self.values, values): kept[groups, places] = v.detach()[rows]
 
-# %% ../nbs/43_drifting.ipynb #465d61ea
+# %% ../nbs/43_drifting.ipynb #8ecc35bb
 @patch
 def draw(self: Reals, groups: list[int], n: int, draw: torch.Generator) -> list[Tensor]: # each [len(groups), n, ...]
     "n images of each group, none twice."
     for c in groups:
-        if self.filled[c] < n: raise LabError(f"positives={n}, but class {c} has {self.filled[c]} real images; use at most that")
+        if self.filled[c] >= n: continue
+        raise LabError(f"positives={n}, but class {c} has {self.filled[c]} real images; use at most that")
     places = torch.stack([torch.randperm(self.filled[c], generator=draw)[:n] for c in groups])
     return self._take(torch.tensor(groups)[:, None].expand_as(places), places)
 
-# %% ../nbs/43_drifting.ipynb #ba021e01
+# %% ../nbs/43_drifting.ipynb #c279255c
 @patch
 def draw_any(self: Reals, groups: int, n: int, draw: torch.Generator) -> list[Tensor]: # each [groups, n, ...]
     "n images of any class for each of several groups, none twice."
     total = sum(self.filled)
     if groups * n > total:
-        raise LabError(f"unconditional={n} for {groups} groups, but there are {total} real images; use at most {total // groups}")
+        raise LabError(f"unconditional={n} for {groups} groups, but there are {total} real images; "
+                       f"use at most {total // groups}")
     ends = torch.tensor(self.filled).cumsum(0)
     chosen = torch.randperm(total, generator=draw)[:groups * n].view(groups, n)
     which = torch.searchsorted(ends, chosen, right=True)
@@ -97,10 +99,12 @@ def draw_alpha(n: int, low: float, high: float,
     q = 1 - power
     return ((low ** q + u * (high ** q - low ** q)) ** (1 / q)).float()
 
-# %% ../nbs/43_drifting.ipynb #3b463433
+# %% ../nbs/43_drifting.ipynb #d2db7a1d
 @dataclass
 class DriftDefaults(GenerateConfig):
-    "The loop's settings, as drifting wants them."
+    "What every kind of drifting sets: how images are grouped, and the loop's settings as drifting wants them."
+    method: str = param("class", "class (a group each class) or joint (one group, a generator without classes)",
+                        choices=("class", "joint"))
     model: str = param("mlp", "generator")
     steps: int = param(1500, "optimiser steps; cadences count steps", low=0, high=10**9)
     batch_size: int = param(640, "generated images a step, over all groups and processes; "
@@ -115,27 +119,26 @@ class DriftDefaults(GenerateConfig):
     ema_decay: float = param(0.99, "decay of the averaged weights; 0 is off", low=0, high=0.99999)
     flip: str = param("off", "auto (as the data set allows), on or off", choices=("auto", "on", "off"))
     crop_padding: int = param(0, "pixels of random shift; -1 is the data set's own", low=-1, high=64)
-    eval_every: int = param(100, "epochs between evaluations, or steps where steps is set; the end always is one", low=1)
+    eval_every: int = param(100, "epochs between evaluations, or steps where steps is set; the end always is one",
+                            low=1)
 
     def models(self) -> list[str]: return list_generators()
     def batches(self, images: int) -> int: return math.ceil(images / self.batch_size)
 
-# %% ../nbs/43_drifting.ipynb #150fa7d1
+# %% ../nbs/43_drifting.ipynb #3a9e40d2
 @dataclass
 class DriftConfig(DriftDefaults):
     "Everything a drifting run needs."
-    method: str = param("class", "class (a group each class) or joint (one group, a generator without classes)", choices=("class", "joint"))
     groups: int = param(0, "classes a step; 0 is all", low=0)
     positives: int = param(64, "real images a group", low=1)
     unconditional: int = param(16, "real images of any class that repel a group, where alpha is above 1", low=1)
-    alpha_max: float = param(2.0, "greatest guidance strength in training, from 1 up; 1 is no guidance", low=1, high=100)
+    alpha_max: float = param(2.0, "greatest guidance strength in training; 1 is no guidance", low=1, high=100)
     alpha_power: float = param(5.0, "strengths are drawn from alpha^-power", low=-20, high=20)
     alpha: float = param(1.0, "guidance strength of the samples that are looked at", low=1, high=100)
     temps: tuple = param((0.02, 0.05), "temperatures, relative to a mean distance of one; the paper has 0.2, too")
     sinkhorn_iters: int = param(2, "normalisations of the affinity; 1 is the paper's", low=1, high=100)
     chunk: int = param(0, "rows of the affinity at a time; 0 is all", low=0)
-    encoder: str = param("pixels", "pixels; mae, mae_wide or classifier (trained on these data once, then a run); a run; "
-                                   "resnet18, dinov2 or a model of timm, a file with its weights after an equals sign")
+    encoder: str = param("pixels", "pixels; mae, mae_wide or classifier (trained here once); a run; published weights")
     encoder_epochs: int = param(20, "epochs of mae, mae_wide or classifier", low=1)
     encoder_layers: str = param("", "layers of the encoder; empty is every stage")
     encoder_size: int = param(0, "side of the images that the encoder sees; 0 is the data's", low=0, high=1024)
@@ -147,27 +150,30 @@ class DriftConfig(DriftDefaults):
     @property
     def guided(self) -> bool: return self.alpha_max > 1
 
-# %% ../nbs/43_drifting.ipynb #2a972732
+# %% ../nbs/43_drifting.ipynb #57e03874
 @patch
 def check(self: DriftConfig) -> None:
     "Refuse what contradicts itself."
     check_temps(self.temps)
     if min(self.temps) < 1e-3 or max(self.temps) > 1e3:
-        raise LabError(f"temps={self.temps}: expected .001 to 1000, in units of the mean distance; below, every sample sees "
-                       "its nearest neighbour only, above, all alike")
-    if self.alpha > self.alpha_max: raise LabError(f"alpha={self.alpha:g}: outside what is trained, 1 to {self.alpha_max:g}")
+        raise LabError(f"temps={self.temps}: expected .001 to 1000, in units of the mean distance; below, "
+                       "every sample sees its nearest neighbour only, above, all alike")
+    if self.alpha > self.alpha_max:
+        raise LabError(f"alpha={self.alpha:g}: outside what is trained, 1 to {self.alpha_max:g}")
     if self.method == "joint": self._without_guidance()
-    if not self.encoder: raise LabError("encoder='': expected pixels, mae, mae_wide, classifier, a run or a published network")
+    if not self.encoder:
+        raise LabError("encoder='': expected pixels, mae, mae_wide, classifier, a run or a published network")
     if 0 < self.queue < self.positives:
         raise LabError(f"queue={self.queue} holds fewer than positives={self.positives}; use at least that, or 0")
 
-# %% ../nbs/43_drifting.ipynb #9ddb4c39
+# %% ../nbs/43_drifting.ipynb #e02f9627
 @patch
 def _without_guidance(self: DriftConfig) -> None:
     "One group has no classes to be guided towards."
     own = next(f.default for f in dataclasses.fields(self) if f.name == "alpha_max")
     if self.alpha > 1 or self.alpha_max not in (1, own):
-        raise LabError(f"alpha={self.alpha:g}, alpha_max={self.alpha_max:g}: method joint has no classes to be guided towards; leave them out")
+        raise LabError(f"alpha={self.alpha:g}, alpha_max={self.alpha_max:g}: "
+                       "method joint has no classes to be guided towards; leave them out")
     self.alpha_max = 1.0
 
 # %% ../nbs/43_drifting.ipynb #59e54691
@@ -211,19 +217,28 @@ class Drift(Generate):
 
     def batches(self, epoch: int) -> Draws: return Draws(self, epoch)
 
-# %% ../nbs/43_drifting.ipynb #7fc9f163
+# %% ../nbs/43_drifting.ipynb #6f2e469e
 @patch
 def _check_groups(self: Drift) -> None:
     "Are there as many groups, and images in each?"
     cfg, data, groups = self.cfg, self.data, self.per_step
-    if groups > self.classes: raise LabError(f"groups={cfg.groups}: {data.name} has {self.classes} classes; use at most that")
+    if groups > self.classes:
+        raise LabError(f"groups={cfg.groups}: {data.name} has {self.classes} classes; use at most that")
     if cfg.batch_size // groups < 2:
-        raise LabError(f"batch_size={cfg.batch_size} for {groups} groups: a group needs at least two images that repel each other")
-    if groups % cfg.processes: raise LabError(f"{groups} groups do not divide among {cfg.processes} processes; set groups to a multiple")
+        raise LabError(f"batch_size={cfg.batch_size} for {groups} groups: "
+                       "a group needs at least two images that repel each other")
+    self._check_processes(cfg.processes)
     if (data.train.flip or data.train.crop_padding) and not cfg.queue:
         raise LabError("flip and crop_padding need fresh images: use queue=128 or so, or flip='off' and crop_padding=0")
 
-# %% ../nbs/43_drifting.ipynb #6038b783
+# %% ../nbs/43_drifting.ipynb #b8ef1e51
+@patch
+def _check_processes(self: Drift, n: int) -> None:
+    "Does each process get as many groups?"
+    if self.per_step % n == 0: return
+    raise LabError(f"{self.per_step} groups do not divide among {n} processes; set groups to a multiple")
+
+# %% ../nbs/43_drifting.ipynb #caf2ff69
 @patch
 def _check_counts(self: Drift) -> None:
     "Enough real images in each class?"
@@ -236,28 +251,29 @@ def _check_counts(self: Drift) -> None:
     self.size = min(cfg.queue or len(train), int(counts.max()))  # places for each class
     self.kept = int(counts.clamp(max=self.size).sum())
     if cfg.guided and self.per_step * cfg.unconditional > self.kept:
-        raise LabError(f"unconditional={cfg.unconditional} for {self.per_step} groups, but {self.kept} real images are kept; "
-                       f"use at most {self.kept // self.per_step}")
+        raise LabError(f"unconditional={cfg.unconditional} for {self.per_step} groups, "
+                       f"but {self.kept} real images are kept; use at most {self.kept // self.per_step}")
 
-# %% ../nbs/43_drifting.ipynb #e136a848
+# %% ../nbs/43_drifting.ipynb #161838a7
 @patch
 @torch.no_grad()
 def _check_room(self: Drift, encoder: Encoder) -> None:
     "Do the features of all images that are kept fit into memory?"
-    image = sum(m.numel() for m in encoder(torch.zeros(1, self.data.channels, self.data.image_size, self.data.image_size)))
+    side = self.data.image_size
+    image = sum(m.numel() for m in encoder(torch.zeros(1, self.data.channels, side, side)))
     places = self.classes * self.size
-    need = 4 * image * places
+    need, queue = 4 * image * places, "less" if self.cfg.queue else "128"
     if need <= ROOM: return
-    raise LabError(f"room for {places:,} real images of {image:,} features each takes {need / 1e9:.1f} GB, more than "
-                   f"{ROOM / 1e9:g} GB: keep the newest of each class only (queue={'128' if not self.cfg.queue else 'less'}), "
+    raise LabError(f"room for {places:,} real images of {image:,} features each takes {need / 1e9:.1f} GB, "
+                   f"more than {ROOM / 1e9:g} GB: keep the newest of each class only (queue={queue}), "
                    "or leave locations out (multi_scale=False)")
 
-# %% ../nbs/43_drifting.ipynb #ac8ebae2
+# %% ../nbs/43_drifting.ipynb #64edc3f9
 @patch
 def setup(self: Drift, device, rank: int = 0, world: int = 1) -> None:
     Generate.setup(self, device, rank, world)
     self.epoch_sums = self.epoch_sums.to(device)
-    if self.per_step % world: raise LabError(f"{self.per_step} groups do not divide among {world} processes; set groups to a multiple")
+    self._check_processes(world)
     cfg = self.cfg
     self.encoder = load_encoder(self.source, cfg.encoder_layers, cfg.encoder_size, cfg.multi_scale, device)
     self.reals = Reals(self.classes, self.size)
@@ -289,22 +305,24 @@ def push(self: Drift, rows: Tensor, number: int = 0) -> None:
     x = next(iter(Batches(split, len(rows), self.cfg.seed, number, shuffle=False, device=self.device))).x
     self.reals.push(self.encoder(x.float() / 127.5 - 1), self._groups_of(split.labels).tolist(), split.indices.tolist())
 
-# %% ../nbs/43_drifting.ipynb #40adec64
+# %% ../nbs/43_drifting.ipynb #19294ca0
 @patch
 def fresh(self: Drift, number: int) -> Tensor:
     "Rows of the real images that batch `number` brings."
     n, push = len(self.data.train), self.cfg.positives
     at = torch.arange(number * push, (number + 1) * push)
-    orders = {int(p): torch.randperm(n, generator=generator(self.cfg.seed, _FRESH, 1 + int(p))) for p in (at // n).unique()}
+    def order(p): return torch.randperm(n, generator=generator(self.cfg.seed, _FRESH, 1 + p))
+    orders = {int(p): order(int(p)) for p in (at // n).unique()}
     return torch.stack([orders[int(a // n)][a % n] for a in at])
 
-# %% ../nbs/43_drifting.ipynb #9be9d3f8
+# %% ../nbs/43_drifting.ipynb #9a4a9911
 @patch
 def draw(self: Drift, number: int) -> Draw:
     "What batch `number` begins with; each process has its share of the groups."
     cfg, draw, shape = self.cfg, generator(self.cfg.seed, _DRAW, number), self.model.noise_shape
     groups = torch.randperm(self.classes, generator=draw)[:self.per_step].sort().values
-    alpha = draw_alpha(self.per_step, 1., cfg.alpha_max, cfg.alpha_power, draw) if cfg.guided else torch.ones(self.per_step)
+    alpha = torch.ones(self.per_step)
+    if cfg.guided: alpha = draw_alpha(self.per_step, 1., cfg.alpha_max, cfg.alpha_power, draw)
     noise = torch.randn(self.generated * self.per_step, *shape, generator=draw)
     mine = slice(self.rank * self.per_step // self.world, (self.rank + 1) * self.per_step // self.world)
     noise = noise.view(self.per_step, self.generated, *shape)[mine].flatten(0, 1)
@@ -321,7 +339,7 @@ def loss(self: Drift, batch: Draw, step: int):
     self._add_up(total, found["drift_norm"], first=batch.number % self.cfg.batches(len(self.data.train)) == 0)
     return total, {f"train/{k}": v for k, v in found.items()}
 
-# %% ../nbs/43_drifting.ipynb #9dd09589
+# %% ../nbs/43_drifting.ipynb #577553d9
 @patch
 def field_loss(self: Drift, x: Tensor, batch: Draw) -> tuple[Tensor, dict]:
     "The drift losses of all feature maps of the images x, summed, and the means of what they tell."
@@ -329,13 +347,14 @@ def field_loss(self: Drift, x: Tensor, batch: Draw) -> tuple[Tensor, dict]:
     positives = self.reals.draw(batch.groups, cfg.positives, draw)
     others = self.reals.draw_any(G, cfg.unconditional, draw) if cfg.guided else [None] * len(positives)
     weight = guidance_weight(batch.alpha, self.generated, cfg.unconditional)[:, None] if cfg.guided else 1.
-    settings = dict(temps=cfg.temps, sinkhorn_iters=cfg.sinkhorn_iters, chunk=cfg.chunk, compiled=cfg.compile, look=False)
+    settings = dict(temps=cfg.temps, sinkhorn_iters=cfg.sinkhorn_iters, chunk=cfg.chunk, compiled=cfg.compile)
     total, stats = 0., []
     for f, p, u in zip(self.encoder(x), positives, others):
         f, p, u = (_by_location(v) for v in (f.unflatten(0, (G, self.generated)), p, u))
-        part, found = drift_loss(f, p, y_uncond=u, uncond_weight=weight, **settings)
+        part, found = drift_loss(f, p, y_uncond=u, uncond_weight=weight, look=False, **settings)
         total, stats = total + part, [*stats, found]
-    return total, {k: torch.stack([s[k] for s in stats]).mean() for k in ("drift_norm", "feature_dist_mean", "feature_dist_var")}
+    told = ("drift_norm", "feature_dist_mean", "feature_dist_var")
+    return total, {k: torch.stack([s[k] for s in stats]).mean() for k in told}
 
 # %% ../nbs/43_drifting.ipynb #abcbf083
 def _by_location(v: Tensor | None) -> Tensor | None:
@@ -356,15 +375,11 @@ def facts(self: Drift) -> dict:
     means = {"train/avg_loss": loss, "train/avg_drift_norm": norm, "train/num_batches": self.epoch_count}
     return Generate.facts(self) | dict(alpha_min=1., alpha_max=self.cfg.alpha_max) | means
 
-# %% ../nbs/43_drifting.ipynb #9b9ab705
-@patch
-def summary(self: Drift) -> dict:
-    return {k: v for k, v in self.facts().items() if k.startswith("train/") or k in ("judge", "judge_sha256", "num_samples")}
-
-# %% ../nbs/43_drifting.ipynb #6958d0d3
+# %% ../nbs/43_drifting.ipynb #2ecd6e62
 @patch
 def state(self: Drift) -> dict:
-    return dict(epoch=(self.epoch_sums.cpu(), self.epoch_count)) | (dict(reals=self.reals.state()) if self.cfg.queue else {})
+    rings = dict(reals=self.reals.state()) if self.cfg.queue else {}
+    return dict(epoch=(self.epoch_sums.cpu(), self.epoch_count)) | rings
 
 # %% ../nbs/43_drifting.ipynb #e2c6dc7d
 @patch

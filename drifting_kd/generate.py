@@ -41,7 +41,7 @@ def draw_noise(shape: tuple,  # of one image's noise
                        for block in range(first, last + 1)])
     return whole[start - first * NOISE_BLOCK:][:n]
 
-# %% ../nbs/42_generate.ipynb #8385a022
+# %% ../nbs/42_generate.ipynb #0697b982
 @dataclass
 class Prompts:
     "What images should show, in words: a vector (or several) for the network, a text for a person."
@@ -50,9 +50,10 @@ class Prompts:
     labels: Tensor | None = None # int64 [N], the classes that the words name
 
     def __post_init__(self):
-        sizes = {len(self.vectors), len(self.texts), len(self.texts if self.labels is None else self.labels)}
-        if len(sizes) > 1: raise LabError(f"{len(self.vectors)} prompt vectors with {len(self.texts)} texts"
-                                          f"{'' if self.labels is None else f' and {len(self.labels)} labels'}: expected as many of each")
+        parts = dict(vectors=self.vectors, texts=self.texts) | ({} if self.labels is None else dict(labels=self.labels))
+        if len({len(part) for part in parts.values()}) == 1: return
+        found = ", ".join(f"{len(part)} {name}" for name, part in parts.items())
+        raise LabError(f"prompts with {found}: expected as many of each")
 
     def __len__(self) -> int: return len(self.texts)
 
@@ -95,16 +96,20 @@ def labels_like(labels: Tensor, # int64, of real images
     whole[rest] += 1
     return torch.arange(len(whole)).repeat_interleave(whole)[torch.randperm(n, generator=generator(seed, 6))]
 
-# %% ../nbs/42_generate.ipynb #01de80bd
-def check_condition(model: nn.Module, condition: Tensor | Prompts | None, n: int = 0) -> int: # n where there is no condition
+# %% ../nbs/42_generate.ipynb #35d13eaa
+def check_condition(model: nn.Module, condition: Tensor | Prompts | None,
+                    n: int = 0, # images, where there is no condition
+                   ) -> int:
     "Can this generator be asked this? The number of images."
     classes, width = model.num_classes, getattr(model, "prompt_width", 0)
     if isinstance(condition, Prompts):
         if width == condition.vectors.shape[-1]: return len(condition)
-        raise LabError(f"prompts of width {condition.vectors.shape[-1]}; this generator takes {f'width {width}' if width else 'no prompts'}")
+        takes = f"width {width}" if width else "no prompts"
+        raise LabError(f"prompts of width {condition.vectors.shape[-1]}; this generator takes {takes}")
     if width: raise LabError("this generator takes prompts; give Prompts(vectors, texts)")
     if (condition is None) != (classes == 0):
-        raise LabError("a generator " + (f"of {classes} classes needs labels" if classes else "without classes takes no labels"))
+        raise LabError(f"a generator of {classes} classes needs labels" if classes else
+                       "a generator without classes takes no labels")
     if condition is None: return n
     if not len(condition): return 0
     low, high = int(condition.min()), int(condition.max())
@@ -119,9 +124,9 @@ def check_alpha(model: nn.Module, alpha: float) -> None:
     known = f"for {low:g} to {high:g}" if high > low else f"without guidance (alpha {low:g})"
     raise LabError(f"alpha={alpha:g}: this generator was trained {known}; stay inside, or train with another alpha_max")
 
-# %% ../nbs/42_generate.ipynb #3fb98f2d
+# %% ../nbs/42_generate.ipynb #bbab27ed
 def used_sampling(model: nn.Module, **sampling) -> dict:
-    "The settings samples are made with: checked, and filled in by the model's own; without guidance alpha is always its own."
+    "What samples are made with: checked, and completed by the model. Without guidance alpha is always the model's own."
     if hasattr(model, "used_sampling"): return model.used_sampling(**sampling)
     for name in sampling:
         if name != "alpha": raise unknown("sampling setting", name, ["alpha"])
@@ -209,7 +214,7 @@ def in_training_judge(name: str,     # of a judge or a run; "" is the data set's
 # %% ../nbs/42_generate.ipynb #ca27b450
 _LOOK = 24  # the stream of random numbers behind samples that are looked at
 
-# %% ../nbs/42_generate.ipynb #1d06fd0c
+# %% ../nbs/42_generate.ipynb #dbd7c4cf
 class Generate(Task):
     "A generator in training: sampled, judged and shown."
     shown = "train/loss"
@@ -227,10 +232,11 @@ class Generate(Task):
     def after_step(self, step: int) -> None: self.steps_done = step + 1
 
     def facts(self) -> dict:
-        d = self.data
-        judged = dict(judge=self.judge.name, judge_sha256=self.judge.sha256, num_samples=self.cfg.eval_samples) if self.judge else {}
-        return dict(kind="generator", dataset=d.name, mean=list(d.mean), std=list(d.std), classes=list(d.classes),
-                    image_size=d.image_size, data_sha256=d.sha256) | judged
+        d, judge = self.data, self.judge
+        known = dict(kind="generator", dataset=d.name, mean=list(d.mean), std=list(d.std), classes=list(d.classes),
+                     image_size=d.image_size, data_sha256=d.sha256)
+        if judge: known |= dict(judge=judge.name, judge_sha256=judge.sha256, num_samples=self.cfg.eval_samples)
+        return known
 
 # %% ../nbs/42_generate.ipynb #fee64daf
 @patch
@@ -247,9 +253,10 @@ def shown_condition(self: Generate) -> Tensor | Prompts | None:
     shown = sorted({round(i) for i in np.linspace(0, classes - 1, min(10, classes))})
     return torch.tensor(shown).repeat_interleave(10)
 
-# %% ../nbs/42_generate.ipynb #8053b0fa
+# %% ../nbs/42_generate.ipynb #56fa4149
 @patch
-def sample(self: Generate, model: nn.Module, condition: Tensor | Prompts | None, n: int = 0, seed: int = 0, **sampling) -> Tensor:
+def sample(self: Generate, model: nn.Module, condition: Tensor | Prompts | None,
+           n: int = 0, seed: int = 0, **sampling) -> Tensor:
     "As the function `sample`, with the configured settings where none are given."
     return sample(model, condition, n, seed, **(self.cfg.sampling() | sampling))
 

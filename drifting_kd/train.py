@@ -570,7 +570,7 @@ def finish(self: Loop) -> dict:
     if self.best: summary |= {f"{self.task.monitor[0].replace('/', '/best_', 1)}": self.best["value"], "best_step": self.best["step"], "best_epoch": self.best["step"] / self.steps_per_epoch}
     summary |= dict(steps=self.step, epochs=self.step / self.steps_per_epoch, train_seconds=self.elapsed()[0], train_cpu_seconds=self.elapsed()[1], setup_seconds=self.setup[0], setup_cpu_seconds=self.setup[1], stopped_early=self.step < self.total, processes=self.world, model_name=model_name(self.model),
                     parameters=sum(p.numel() for p in self.model.parameters()), checkpoint_path=f"checkpoints/{'best' if self.best else 'last'}.pt")
-    summary |= self._facts()
+    summary |= {k: v for k, v in self._facts().items() if k != "kind"}  # a run has a kind of its own
     content = self.checkpoint()
     if self.rank == 0:
         save_checkpoint(run.path / "final_model.pt", content | dict(model=self.inference_model.state_dict(), ema=None, optimizer=None, task=self.task.facts()))
