@@ -46,7 +46,7 @@ def test_no_cell_is_longer_than_a_screen(path):
 def test_library_notebook_exports_its_module(path):
     assert any(f"#| default_exp {path.stem[3:]}" in source.splitlines() for _, source in cells(path)) and (ROOT / "drifting_kd" / f"{path.stem[3:]}.py").exists()
 
-ROOMS = """core run track metrics sources data plots models checkpoints generators images extractors fid optim train classify analysis
+ROOMS = """core run track metrics sources data plots models checkpoints generators images extractors fid optim loop train classify analysis
 report drift encoders generate drifting kd features teachers distill judges scores evaluate sweep cli""".split()
 
 def test_rooms_stand_in_the_order_of_the_design():
