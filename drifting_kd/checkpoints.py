@@ -22,39 +22,53 @@ __all__ = ['CHECKPOINT_KEYS', 'WEIGHTS', 'PUBLISHED', 'load_checkpoint', 'checkp
            'is_run', 'Checkpoint', 'kind_of', 'find', 'find_all', 'checkpoint_file', 'weights_sha256', 'Frozen',
            'frozen', 'pretrained']
 
-# %% ../nbs/11_checkpoints.ipynb #39fa78c6
-CHECKPOINT_KEYS = ("model", "ema", "optimizer", "task", "rng", "config", "factory", "kwargs", "step", "epoch", "metrics")
+# %% ../nbs/11_checkpoints.ipynb #dd231778
+CHECKPOINT_KEYS = ("model", "ema", "optimizer", "task", "rng", "config", "factory", "kwargs", "step", "epoch",
+                   "metrics")
 
-# %% ../nbs/11_checkpoints.ipynb #fb5667b1
-def load_checkpoint(path: str | Path) -> dict:
-    "The dictionary that `fit` saved; whatever else the file is, is one clear error, and nothing in it runs."
-    path = Path(path)
-    if not path.is_file(): raise LabError(f"checkpoint {path} {'is a folder' if path.is_dir() else 'does not exist'}; give a .pt file that a run wrote")
-    damaged = LabError(f"checkpoint {path} is truncated, damaged, or was not written by this package; use another of the run's checkpoints")
+# %% ../nbs/11_checkpoints.ipynb #21892b61
+def _read(path: Path):
+    "Whatever a file holds; nothing in it runs."
+    damaged = LabError(f"checkpoint {path} is truncated, damaged, or was not written by this package; "
+                       "use another of the run's checkpoints")
     try:
         if not zipfile.is_zipfile(path): raise damaged
         with zipfile.ZipFile(path) as file:
             if file.testzip(): raise damaged
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as e:
         found = re.search(r"GLOBAL ([\w.]+)", str(e))
-        raise LabError(f"checkpoint {path} holds more than tensors and plain values{f' ({found[1]})' if found else ''}; refused, nothing in it was run") from None
-    except OSError as e: raise LabError(f"cannot read checkpoint {path} ({e.strerror or e}); check its permissions") from None
+        raise LabError(f"checkpoint {path} holds more than tensors and plain values"
+                       f"{f' ({found[1]})' if found else ''}; refused, nothing in it was run") from None
+    except OSError as e:
+        raise LabError(f"cannot read checkpoint {path} ({e.strerror or e}); check its permissions") from None
     except (LabError, MemoryError): raise
     except Exception: raise damaged from None  # a broken zip or pickle can fail in any way
-    missing = [k for k in CHECKPOINT_KEYS if not isinstance(checkpoint, dict) or k not in checkpoint]
-    if missing: raise LabError(f"{path} is not a checkpoint of this package: {', '.join(missing)} missing; give a .pt file that a run wrote")
-    return checkpoint
 
-# %% ../nbs/11_checkpoints.ipynb #26140b6e
+# %% ../nbs/11_checkpoints.ipynb #de958bc9
+def load_checkpoint(path: str | Path) -> dict:
+    "The dictionary that `fit` saved; whatever else the file is, is one clear error."
+    path = Path(path)
+    if not path.is_file():
+        raise LabError(f"checkpoint {path} {'is a folder' if path.is_dir() else 'does not exist'}; "
+                       "give a .pt file that a run wrote")
+    checkpoint = _read(path)
+    missing = [k for k in CHECKPOINT_KEYS if not isinstance(checkpoint, dict) or k not in checkpoint]
+    if not missing: return checkpoint
+    raise LabError(f"{path} is not a checkpoint of this package: {', '.join(missing)} missing; "
+                   "give a .pt file that a run wrote")
+
+# %% ../nbs/11_checkpoints.ipynb #db955c92
 def checkpoint_model(checkpoint: dict,  # from load_checkpoint
                      ema: bool = True,  # the averaged weights, where the run kept them
                     ) -> nn.Module:
-    "The model of a checkpoint, rebuilt and filled; the random state stays as it was."
+    "The model of a checkpoint, rebuilt and filled."
     with torch.random.fork_rng(devices=[]): model = rebuild(checkpoint["factory"], checkpoint["kwargs"])
     weights = checkpoint["ema"] if ema and checkpoint["ema"] is not None else checkpoint["model"]
     try: model.load_state_dict(weights, strict=True)
-    except (RuntimeError, TypeError, AttributeError) as e: raise LabError(f"the checkpoint's weights do not fit {model_name(model)}: {' '.join(str(e).split())[:300]}") from None
+    except (RuntimeError, TypeError, AttributeError) as e:
+        why = " ".join(str(e).split())[:300]
+        raise LabError(f"the checkpoint's weights do not fit {model_name(model)}: {why}") from None
     return model
 
 # %% ../nbs/11_checkpoints.ipynb #7f8db2f5
@@ -63,17 +77,17 @@ def is_path(text: str | Path) -> bool:
     word = str(text)
     return isinstance(text, Path) or word.endswith(".pt") or "/" in word or os.sep in word or word[:1] in (".", "~")
 
-# %% ../nbs/11_checkpoints.ipynb #4b8fdd6b
+# %% ../nbs/11_checkpoints.ipynb #d7d6905c
 def is_artifact(text: str | Path) -> bool:
-    "Is this `name:alias` by its look, maybe with wandb's entity and project before it?"
+    "Is this `name:alias` by its look?"
     return isinstance(text, str) and bool(re.fullmatch(r"(?![./~])(\S+/)?[^/:\s]+:[^/:\s]+(?<!\.pt)", text))
 
-# %% ../nbs/11_checkpoints.ipynb #d9a35031
+# %% ../nbs/11_checkpoints.ipynb #f1111553
 def place(text: str | Path) -> Path | None:
     "The file or the folder that a text means; None where it means nothing."
     if not str(text).strip(): return None
     if is_artifact(text): return resolve_artifact(text).resolve()
-    if not is_path(text) and (run := runs_folder() / text / "config.json").exists(): return run.parent.resolve()
+    if not is_path(text) and is_run(run := runs_folder() / text): return run.resolve()
     for folder in (Path(), project_root(), runs_folder()):
         if (path := folder / Path(text).expanduser()).exists(): return path.resolve()
     if re.fullmatch(r"model-[^/:\s]+", str(text)): return resolve_artifact(text).resolve()  # its newest
@@ -84,7 +98,7 @@ def is_run(path: Path) -> bool:
     "Is this a run's folder?"
     return (path / "config.json").is_file()
 
-# %% ../nbs/11_checkpoints.ipynb #e653b5a1
+# %% ../nbs/11_checkpoints.ipynb #8086d335
 @dataclass
 class Checkpoint:
     "A file of weights, found by `find`; nothing is read before it is asked for."
@@ -105,26 +119,28 @@ class Checkpoint:
     def label(self) -> str:
         "The run's name for its final weights, else the run and the file."
         if self.path.name == "final_model.pt": return self.path.parent.name
-        return f"{self.path.parent.parent.name}/{self.path.stem}" if self.path.parent.name == "checkpoints" else self.path.stem
+        inside = self.path.parent.name == "checkpoints"
+        return f"{self.path.parent.parent.name}/{self.path.stem}" if inside else self.path.stem
 
-# %% ../nbs/11_checkpoints.ipynb #ccc28c31
+# %% ../nbs/11_checkpoints.ipynb #19851f9d
 @patch(as_prop=True)
 def facts(self: Checkpoint) -> dict:
-    "Step, epoch, configuration, metrics, the task's facts, how to build the model, and which weights there are."
+    "Step, epoch, config, metrics, the task's facts, factory and kwargs, and which weights are there."
     if "_facts" not in self.__dict__:
         c = load_checkpoint(self.path)
         only_averaged = c["ema"] is None and c["optimizer"] is None and bool((c["config"] or {}).get("ema_decay"))
-        kept = {k: c[k] for k in ("step", "epoch", "factory", "kwargs")} | {k: c[k] or {} for k in ("config", "metrics")}
+        kept = {k: c[k] for k in ("step", "epoch", "factory", "kwargs")}
+        kept |= {k: c[k] or {} for k in ("config", "metrics")}
         kept["task"] = {k: v for k, v in (c["task"] or {}).items() if k != "state"}  # what a resumed run continues from
         self._facts = kept | dict(ema=only_averaged or c["ema"] is not None, raw=not only_averaged)
     return self._facts
 
-# %% ../nbs/11_checkpoints.ipynb #be987785
+# %% ../nbs/11_checkpoints.ipynb #da55322e
 @patch
 def build(self: Checkpoint,
           ema: bool = True,  # the averaged weights, where the run kept them
           device="cpu") -> nn.Module:
-    "The network in evaluation mode; whole, so that its weights can be moved and differentiated."
+    "The network in evaluation mode."
     if not ema and not self.facts["raw"]:
         raise LabError(f"ema=False, but {self.path} keeps the averaged weights only; "
                        f"give one of the files in {self.path.parent / 'checkpoints'}")
@@ -183,14 +199,6 @@ def find(text: str | Path,     # a run, a .pt file, a folder with one, an artifa
                        f"or give one of the files in {path / 'checkpoints'}")
     return Checkpoint(path / WEIGHTS[which])
 
-# %% ../nbs/11_checkpoints.ipynb #706c4910
-def _unique(files: list[Path]) -> list[Path]:
-    "Names of one file count once, and so do its copies; its step's name goes before others."
-    found = []
-    for path in sorted(files, key=lambda p: (not p.name.startswith("step_"), p.name)):
-        if not any(path.samefile(p) or filecmp.cmp(path, p, shallow=False) for p in found): found.append(path)
-    return found
-
 # %% ../nbs/11_checkpoints.ipynb #728b9892
 def _of_run(run: Path) -> list[Path]:
     "The files of a run that are worth a score."
@@ -201,11 +209,19 @@ def _of_run(run: Path) -> list[Path]:
     if not best.exists() or load_checkpoint(best)["step"] in [load_checkpoint(p)["step"] for p in files]: return files
     return [best, *files]
 
-# %% ../nbs/11_checkpoints.ipynb #5c234449
-def find_all(text: str | Path = "", # a run, a folder of .pt files, a file, an artifact; empty is the newest finished run
+# %% ../nbs/11_checkpoints.ipynb #706c4910
+def _unique(files: list[Path]) -> list[Path]:
+    "Names of one file count once, and so do its copies; its step's name goes before others."
+    found = []
+    for path in sorted(files, key=lambda p: (not p.name.startswith("step_"), p.name)):
+        if not any(path.samefile(p) or filecmp.cmp(path, p, shallow=False) for p in found): found.append(path)
+    return found
+
+# %% ../nbs/11_checkpoints.ipynb #69dd1101
+def find_all(text: str | Path = "", # what `find` takes, and a folder of .pt files
              kind: str = "",        # of an empty text: generator or classifier
             ) -> list[Checkpoint]:
-    "The checkpoints to evaluate, in the order of training."
+    "The checkpoints to evaluate, the best one first and the others by step."
     path = _found(text, kind)
     if path.is_file(): return [Checkpoint(path)]
     files = _of_run(path) if is_run(path) else _unique(list(path.glob("*.pt")))
@@ -217,64 +233,92 @@ def checkpoint_file(source: str | Path) -> Path:
     "The file that `find` finds; for callers that have not moved."
     return find(source).path
 
-# %% ../nbs/11_checkpoints.ipynb #4c31f534
+# %% ../nbs/11_checkpoints.ipynb #0df1dad1
 def weights_sha256(model: nn.Module, mean: tuple, std: tuple, size: int = 0) -> str:
-    "A hash of everything that decides the output: weights, statistics, normalisation, resizing; the same on every device."
-    digest = hashlib.sha256(json.dumps([[float(v) for v in mean], [float(v) for v in std], *([size] if size else [])]).encode())
+    "A hash of all that decides the output: weights, statistics, normalisation, resizing; the same on every device."
+    constants = [[float(v) for v in mean], [float(v) for v in std], *([size] if size else [])]
+    digest = hashlib.sha256(json.dumps(constants).encode())
     for name, value in sorted(model.state_dict().items()):
         if name.endswith("num_batches_tracked"): continue  # it counts steps and changes no output
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
         digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
 
-# %% ../nbs/11_checkpoints.ipynb #18d8a525
+# %% ../nbs/11_checkpoints.ipynb #3ba96802
+def _classes(model: nn.Module) -> int | None:
+    "How many classes a network tells apart, as far as it says."
+    told = getattr(model, "spec", {}).get("kwargs", {}).get("num_classes")
+    head = getattr(getattr(model, "head", None), "out_features", None)
+    return told or head or getattr(model, "num_classes", None) or None
+
+# %% ../nbs/11_checkpoints.ipynb #b31438f6
 class Frozen:
     "A network that is only looked through; made by `frozen`."
-    def __init__(self, model: nn.Module, mean: tuple, std: tuple, name: str, device="cpu", dtype: torch.dtype = torch.float32, channels_last: bool = True,
+    def __init__(self, model: nn.Module, mean: tuple, std: tuple, name: str, device="cpu",
+                 dtype: torch.dtype = torch.float32, channels_last: bool = True,
                  size: int = 0): # side that images are resized to; 0: as they come
-        self.mean, self.std, self.name, self.size = tuple(float(v) for v in mean), tuple(float(v) for v in std), name, size
-        self.device, self.dtype, self.sha256 = torch.device(device), dtype, weights_sha256(model, mean, std, size)
-        kwargs = getattr(model, "spec", {}).get("kwargs", {})
-        head = getattr(model, "head", None)
-        self.num_classes = kwargs.get("num_classes") or getattr(head, "out_features", None) or getattr(model, "num_classes", None) or None  # timm says 0 for a network without classifier
-        self.image_size = size or kwargs.get("image_size")
-        self.model = fold_batchnorm(model).requires_grad_(False).to(self.device, dtype, memory_format=torch.channels_last if channels_last else torch.preserve_format)
-
-    def prepare(self, x: torch.Tensor) -> torch.Tensor:
-        "Pixels as the network was trained on them: `(x/255 - mean)/std` of uint8, NHWC or NCHW; floats in [0, 1] let gradients through. Grey becomes colour where the network wants it."
-        channels = len(self.mean)
-        accepted = [c for c in (channels, 1) if x.ndim == 4 and c in (x.shape[1], x.shape[3]) and c in (channels, channels // 3)]  # one channel also where three are wanted
-        if not accepted: raise LabError(f"{self.name} was given {tuple(x.shape)}; expected [N, {channels}, H, W] or [N, H, W, {channels}]")
-        x = x.to(self.device)
-        if x.shape[1] != accepted[0]: x = x.permute(0, 3, 1, 2)
-        x = x.expand(-1, channels, -1, -1)
-        resized = self.size and tuple(x.shape[2:]) != (self.size, self.size)
-        if x.dtype == torch.uint8 and not resized: return normalize(x, self.mean, self.std, self.dtype)
-        if x.dtype == torch.uint8: x = x / 255
-        if not x.is_floating_point(): raise LabError(f"{self.name} was given {x.dtype}; expected uint8 pixels, or floats in [0, 1]")
-        if resized: x = F.interpolate(x, (self.size, self.size), mode="bicubic", antialias=True)  # what overshoots [0, 1] a little is not cut: gradients pass
-        _, mean, std = pixel_constants(self.mean, self.std, 1, x.device)
-        return ((x - mean.view(1, -1, 1, 1)) / std.view(1, -1, 1, 1)).to(self.dtype)
+        self.mean, self.std = tuple(float(v) for v in mean), tuple(float(v) for v in std)
+        self.name, self.size, self.device, self.dtype = name, size, torch.device(device), dtype
+        self.sha256, self.num_classes = weights_sha256(model, mean, std, size), _classes(model)
+        self.image_size = size or getattr(model, "spec", {}).get("kwargs", {}).get("image_size")
+        layout = torch.channels_last if channels_last else torch.preserve_format
+        self.model = fold_batchnorm(model).requires_grad_(False).to(self.device, dtype, memory_format=layout)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         "fp32 logits."
         return self.model(self.prepare(x)).float()
 
-    def features(self, x: torch.Tensor,
-                 layers: list[str] | None = None, # None is the pooled vector before the head
-                ):
-        "Pooled fp32 features `[B, D]`, or a dictionary of named layers' outputs from one pass; the layer `head` is the logits."
-        if layers is not None:
-            with activations(self, layers) as seen: self(x)
-            return {name: value.float() for name, value in seen.items()}
-        if hasattr(self.model, "forward_head"): return self.model.forward_head(self.model.forward_features(self.prepare(x)), pre_logits=True).float()  # timm
-        if not (hasattr(self.model, "features") and hasattr(self.model, "head")): raise LabError(f"{self.name} has no features and head; name layers, such as {layer_names(self.model)[-1]!r}")
-        return self.model.features(self.prepare(x)).float()
+    def __repr__(self) -> str:
+        weights = sum(p.numel() for p in self.model.parameters())
+        return (f"Frozen({self.name}, {self.num_classes} classes, {weights:,} weights, {self.device}, {self.dtype}, "
+                f"sha256 {self.sha256[:12]})")
 
-    def __repr__(self) -> str: return f"Frozen({self.name}, {self.num_classes} classes, {sum(p.numel() for p in self.model.parameters()):,} weights, {self.device}, {self.dtype}, sha256 {self.sha256[:12]})"
+# %% ../nbs/11_checkpoints.ipynb #419ca961
+@patch
+def _channels_first(self: Frozen, x: torch.Tensor) -> torch.Tensor:
+    "[N, C, H, W] with as many channels as the network wants, on its device."
+    channels = len(self.mean)
+    fits = x.ndim == 4
+    accepted = [c for c in (channels, 1) if fits and c in (x.shape[1], x.shape[3]) and c in (channels, channels // 3)]
+    if not accepted:
+        raise LabError(f"{self.name} was given {tuple(x.shape)}; "
+                       f"expected [N, {channels}, H, W] or [N, H, W, {channels}]")
+    x = x.to(self.device)
+    if x.shape[1] != accepted[0]: x = x.permute(0, 3, 1, 2)
+    return x.expand(-1, channels, -1, -1)
 
-# %% ../nbs/11_checkpoints.ipynb #296f0983
-def frozen(source,                 # a module, a run folder, a run's name, or a checkpoint file
+# %% ../nbs/11_checkpoints.ipynb #cc91724b
+@patch
+def prepare(self: Frozen, x: torch.Tensor) -> torch.Tensor:
+    "Pixels, uint8 or floats in [0, 1], as the network was trained on them."
+    x = self._channels_first(x)
+    resized = self.size and tuple(x.shape[2:]) != (self.size, self.size)
+    if x.dtype == torch.uint8 and not resized: return normalize(x, self.mean, self.std, self.dtype)
+    if x.dtype == torch.uint8: x = x / 255
+    if not x.is_floating_point():
+        raise LabError(f"{self.name} was given {x.dtype}; expected uint8 pixels, or floats in [0, 1]")
+    if resized:  # what overshoots [0, 1] a little is not cut: gradients pass
+        x = F.interpolate(x, (self.size, self.size), mode="bicubic", antialias=True)
+    _, mean, std = pixel_constants(self.mean, self.std, 1, x.device)
+    return ((x - mean.view(1, -1, 1, 1)) / std.view(1, -1, 1, 1)).to(self.dtype)
+
+# %% ../nbs/11_checkpoints.ipynb #ffd1bd46
+@patch
+def features(self: Frozen, x: torch.Tensor,
+             layers: list[str] | None = None, # None is the pooled vector before the head
+            ):
+    "Pooled fp32 features `[B, D]`, or named layers' outputs from one pass; the layer `head` is the logits."
+    if layers is not None:
+        with activations(self, layers) as seen: self(x)
+        return {name: value.float() for name, value in seen.items()}
+    if hasattr(self.model, "forward_head"):  # timm
+        return self.model.forward_head(self.model.forward_features(self.prepare(x)), pre_logits=True).float()
+    if not (hasattr(self.model, "features") and hasattr(self.model, "head")):
+        raise LabError(f"{self.name} has no features and head; name layers, such as {layer_names(self.model)[-1]!r}")
+    return self.model.features(self.prepare(x)).float()
+
+# %% ../nbs/11_checkpoints.ipynb #2ba3572c
+def frozen(source,                 # a module, or what `find` takes: a run, a checkpoint file, an artifact
            device="cpu",
            mean: tuple | None = None, # normalisation of [0, 1] pixels; needed for a module, a checkpoint brings its own
            std: tuple | None = None,
@@ -284,52 +328,99 @@ def frozen(source,                 # a module, a run folder, a run's name, or a 
           ) -> Frozen:
     "One object for teacher, encoder and judge; the source is copied and stays as it was."
     if isinstance(source, nn.Module): model, name, task = source, model_name(source), {}
-    elif not isinstance(source, (str, Path)): raise LabError(f"frozen got a {type(source).__name__}; expected a module, a run folder, a run's name or a checkpoint file")
+    elif not isinstance(source, (str, Path)):
+        raise LabError(f"frozen got a {type(source).__name__}; "
+                       "expected a module, a run folder, a run's name or a checkpoint file")
     else:
         found = find(source)
         checkpoint = load_checkpoint(found.path)
         model, task, name = checkpoint_model(checkpoint), checkpoint["task"] or {}, found.label
     mean, std = (task.get(key) if given is None else given for key, given in (("mean", mean), ("std", std)))
-    if mean is None or std is None or len(mean) != len(std): raise LabError(f"{name}: no normalisation of its own; give mean= and std=, one number a channel")
+    if mean is None or std is None or len(mean) != len(std):
+        raise LabError(f"{name}: no normalisation of its own; give mean= and std=, one number a channel")
     return Frozen(model, mean, std, name, device, dtype, channels_last, size)
 
-# %% ../nbs/11_checkpoints.ipynb #6301c085
+# %% ../nbs/11_checkpoints.ipynb #7dfe4281
+PUBLISHED = {"dinov2": "vit_small_patch14_dinov2.lvd142m"}  # short names
+
+# %% ../nbs/11_checkpoints.ipynb #31bc0bba
+def _same_classes(name: str, weights: str, wanted: int, found: int) -> int:
+    "The classes of the weights; others that are wanted are refused."
+    if wanted in (0, found): return found
+    raise LabError(f"num_classes={wanted}, but {weights or f'the published {name}'} has {found}; "
+                   f"use {found}, 0 for features alone, or a file with {wanted} classes, as {name}=FILE")
+
+# %% ../nbs/11_checkpoints.ipynb #5cc7553d
 def _resnet18(weights: str, image_size: int, num_classes: int) -> tuple:
     "torchvision's, in our layers: (model, mean, std, input size)."
     published = import_torchvision().models.ResNet18_Weights.IMAGENET1K_V1
-    state = torch.load(weights, map_location="cpu", weights_only=True) if weights else published.get_state_dict(progress=False, check_hash=True)
+    state = (torch.load(weights, map_location="cpu", weights_only=True) if weights
+             else published.get_state_dict(progress=False, check_hash=True))
     net = create_model("resnet18", _same_classes("resnet18", weights, num_classes, len(state["fc.weight"])), 3, 224)
     net.load_state_dict({k.replace("fc.", "head."): v for k, v in state.items()})
     if not num_classes: net.head = nn.Identity()
     net.spec = {}  # it is not what create_model alone would make
     return net, published.transforms().mean, published.transforms().std, image_size
 
-# %% ../nbs/11_checkpoints.ipynb #ea1d48a0
+# %% ../nbs/11_checkpoints.ipynb #aa0b6f57
+def _classes_in(weights: str, known) -> int: # known: timm's facts about the model
+    "How many classes the classifier in a file of timm's has; 0 where there is none."
+    import timm
+    layer = known.classifier if isinstance(known.classifier, str) else known.classifier[0]
+    head = timm.models.load_state_dict(weights).get(f"{layer}.weight")
+    return 0 if head is None else len(head)
+
+# %% ../nbs/11_checkpoints.ipynb #56b696e2
 def _timm(name: str, weights: str, image_size: int, num_classes: int) -> tuple:
     "A model of timm: (model, mean, std, input size)."
     import timm
     known = timm.get_pretrained_cfg(name)
     own, classes, fixed = {}, known.num_classes, known.fixed_input_size
     if weights:
-        head = timm.models.load_state_dict(weights).get(f"{known.classifier if isinstance(known.classifier, str) else known.classifier[0]}.weight")
-        classes = 0 if head is None else len(head)
-        own = dict(pretrained_cfg_overlay=dict(file=weights, num_classes=classes, custom_load=False))  # with the file's own classes timm loads strictly
-    net = timm.create_model(name, pretrained=True, num_classes=_same_classes(name, weights, num_classes, classes), **own, **(dict(img_size=image_size) if fixed and image_size else {}))
+        classes = _classes_in(weights, known)
+        own = dict(pretrained_cfg_overlay=dict(file=weights, num_classes=classes, custom_load=False))
+    if fixed and image_size: own["img_size"] = image_size
+    classes_kept = _same_classes(name, weights, num_classes, classes)
+    net = timm.create_model(name, pretrained=True, num_classes=classes_kept, **own)
     if classes and not num_classes: net.reset_classifier(0)
-    patch = getattr(getattr(net, "patch_embed", None), "patch_size", (1,))[0]
-    if image_size % patch: raise LabError(f"image_size={image_size}: {name} cuts images into patches of {patch} pixels and would not see the rest; use a multiple of {patch}")
+    side = getattr(getattr(net, "patch_embed", None), "patch_size", (1,))[0]
+    if image_size % side:
+        raise LabError(f"image_size={image_size}: {name} cuts images into patches of {side} pixels "
+                       f"and would not see the rest; use a multiple of {side}")
     return net, known.mean, known.std, image_size or (known.input_size[-1] if fixed else 0)
 
-# %% ../nbs/11_checkpoints.ipynb #c27de906
-def _same_classes(name: str, weights: str, wanted: int, found: int) -> int:
-    if wanted in (0, found): return found
-    raise LabError(f"num_classes={wanted}, but {weights or f'the published {name}'} has {found}; use {found}, 0 for features alone, or a file with {wanted} classes, as {name}=FILE")
+# %% ../nbs/11_checkpoints.ipynb #9915435b
+def _where(name: str) -> str:
+    "Which file of published weights goes where."
+    hub = Path(torch.hub.get_dir()) / "checkpoints"
+    if name == "resnet18": return f"put {import_torchvision().models.ResNet18_Weights.IMAGENET1K_V1.url} into {hub}"
+    import timm
+    try: known = timm.get_pretrained_cfg(name)
+    except RuntimeError: known = None  # an unknown tag
+    others = timm.list_pretrained(name.split(".")[0] + ".*")
+    if known is None or not (known.hf_hub_id or known.url):
+        return f"nothing is published under this name; of its kind there are {others or 'no published weights'}"
+    if not known.hf_hub_id: return f"put {known.url} into {hub}"
+    from huggingface_hub.constants import HF_HUB_CACHE
+    return (f"fetch model.safetensors of https://huggingface.co/{known.hf_hub_id} into {HF_HUB_CACHE} "
+            f"(with `hf download {known.hf_hub_id}`)")
 
-# %% ../nbs/11_checkpoints.ipynb #7dfe4281
-PUBLISHED = {"dinov2": "vit_small_patch14_dinov2.lvd142m"}  # short names
+# %% ../nbs/11_checkpoints.ipynb #17ef28c8
+def _opened(name: str, weights: str, image_size: int, num_classes: int) -> tuple:
+    "(model, mean, std, input size), or the reason why there is none; the random state stays as it was."
+    opener = _resnet18 if name == "resnet18" else functools.partial(_timm, name)
+    try:
+        with torch.random.fork_rng(devices=[]): return opener(weights, image_size, num_classes)
+    except LabError: raise
+    except Exception as e:  # no network, a damaged file, weights of another model, a size that the model refuses
+        why = f"{type(e).__name__}: {' '.join(str(e).split())[:160]}"
+        if weights:
+            raise LabError(f"{weights} does not fit {name} at {image_size=} ({why}); "
+                           "give a file with the weights of this very model") from None
+        raise LabError(f"no weights for {name} ({why}); {_where(name)}, or give the file, as {name}=FILE") from None
 
-# %% ../nbs/11_checkpoints.ipynb #fa832515
-def pretrained(name: str,           # resnet18 (torchvision's), dinov2, or a model of timm: from the hub's cache or a download; NAME=FILE takes the weights from a file
+# %% ../nbs/11_checkpoints.ipynb #2d8af9c6
+def pretrained(name: str,           # resnet18 (torchvision's), dinov2, or a model of timm; NAME=FILE
                image_size: int = 0, # side that images are resized to; 0: as they come, or what the network needs
                num_classes: int = 0,# classes of its classifier, which must be in the weights; 0: features alone
                device="cpu", dtype: torch.dtype = torch.float32) -> Frozen:
@@ -338,29 +429,9 @@ def pretrained(name: str,           # resnet18 (torchvision's), dinov2, or a mod
     import timm
     name, _, weights = name.partition("=")
     name = PUBLISHED.get(name, name)
-    if name != "resnet18" and not timm.is_model(name.split(".")[0]): raise unknown("pretrained network", name, ["resnet18", *timm.list_models()])
-    if weights and not Path(weights).is_file(): raise LabError(f"{weights}: no such file; give a file with the weights of {name}")
-    try:
-        with torch.random.fork_rng(devices=[]): found = (_resnet18 if name == "resnet18" else functools.partial(_timm, name))(weights, image_size, num_classes)
-    except LabError: raise
-    except Exception as e:  # no network, a damaged file, weights of another model, a size that the model refuses
-        why = f"{type(e).__name__}: {' '.join(str(e).split())[:160]}"
-        if weights: raise LabError(f"{weights} does not fit {name} at {image_size=} ({why}); give a file with the weights of this very model") from None
-        raise LabError(f"no weights for {name} ({why}); {_where(name)}, or give the file, as {name}=FILE") from None
-    net, mean, std, size = found
+    if name != "resnet18" and not timm.is_model(name.split(".")[0]):
+        raise unknown("pretrained network", name, ["resnet18", *timm.list_models()])
+    if weights and not Path(weights).is_file():
+        raise LabError(f"{weights}: no such file; give a file with the weights of {name}")
+    net, mean, std, size = _opened(name, weights, image_size, num_classes)
     return Frozen(net, mean, std, name, device, dtype, size=size)
-
-# %% ../nbs/11_checkpoints.ipynb #3d9c687a
-def _where(name: str) -> str:
-    "Which file of published weights goes where."
-    if name == "resnet18":
-        url = import_torchvision().models.ResNet18_Weights.IMAGENET1K_V1.url
-        return f"put {url} into {Path(torch.hub.get_dir()) / 'checkpoints'}"
-    import timm
-    try: known = timm.get_pretrained_cfg(name)
-    except RuntimeError: known = None  # an unknown tag
-    others = timm.list_pretrained(name.split(".")[0] + ".*")
-    if known is None or not (known.hf_hub_id or known.url): return f"nothing is published under this name; of its kind there are {others or 'no published weights'}"
-    if not known.hf_hub_id: return f"put {known.url} into {Path(torch.hub.get_dir()) / 'checkpoints'}"
-    from huggingface_hub.constants import HF_HUB_CACHE
-    return f"fetch model.safetensors of https://huggingface.co/{known.hf_hub_id} into {HF_HUB_CACHE} (with `hf download {known.hf_hub_id}`)"
