@@ -18,7 +18,7 @@ from .data import normalize, pixel_constants
 from .models import activations, create_model, fold_batchnorm, layer_names, model_name, rebuild
 
 # %% auto #0
-__all__ = ['CHECKPOINT_KEYS', 'WEIGHTS', 'PUBLISHED', 'load_checkpoint', 'checkpoint_model', 'is_path', 'is_artifact', 'place',
+__all__ = ['CHECKPOINT_KEYS', 'RUN_FILES', 'PUBLISHED', 'load_checkpoint', 'checkpoint_model', 'is_path', 'is_artifact', 'place',
            'is_run', 'Checkpoint', 'kind_of', 'find', 'find_all', 'checkpoint_file', 'weights_sha256', 'Frozen',
            'frozen', 'pretrained']
 
@@ -180,24 +180,24 @@ def _found(text: str | Path, kind: str) -> Path:
     hint = str(unknown("checkpoint", str(text), runs)).partition("; ")[2]
     raise LabError(f"{text} does not exist; {hint} (a run in {runs_folder()}, a .pt file, a folder or an artifact)")
 
-# %% ../nbs/11_checkpoints.ipynb #ae9f27cf
-WEIGHTS = dict(final="final_model.pt", last="checkpoints/last.pt", best="checkpoints/best.pt")  # of a run
+# %% ../nbs/11_checkpoints.ipynb #11d634a4
+RUN_FILES = dict(final="final_model.pt", last="checkpoints/last.pt", best="checkpoints/best.pt")  # of a run
 
-# %% ../nbs/11_checkpoints.ipynb #5b421ef1
+# %% ../nbs/11_checkpoints.ipynb #931fcc29
 def find(text: str | Path,     # a run, a .pt file, a folder with one, an artifact; empty is the newest finished run
          kind: str = "",       # of an empty text: generator or classifier
          which: str = "final", # of a run: final, last or best weights
         ) -> Checkpoint:
     "The one checkpoint that a text means, by the rules above."
-    if which not in WEIGHTS: raise unknown("which", which, WEIGHTS)
+    if which not in RUN_FILES: raise unknown("which", which, RUN_FILES)
     path = _found(text, kind)
     if path.is_file(): return Checkpoint(path)
     files = sorted(path.glob("*.pt"))
-    if not is_run(path) and not (path / WEIGHTS[which]).exists() and len(files) == 1: return Checkpoint(files[0])
+    if not is_run(path) and not (path / RUN_FILES[which]).exists() and len(files) == 1: return Checkpoint(files[0])
     if which == "final" and (state := run_state(path)) != "finished":
         raise LabError(f"run {path.name} is not finished ({state}); resume it, "
                        f"or give one of the files in {path / 'checkpoints'}")
-    return Checkpoint(path / WEIGHTS[which])
+    return Checkpoint(path / RUN_FILES[which])
 
 # %% ../nbs/11_checkpoints.ipynb #728b9892
 def _of_run(run: Path) -> list[Path]:
