@@ -422,6 +422,35 @@ def plot_confidences(kinds: dict,     # kind -> [B] confidences on training imag
     ax.legend(loc="upper left")
     return fig
 
+# %% ../nbs/48_teachers.ipynb #e622fe68
+@patch
+def how_sure(self: Teachers, seed: int, most: int = 2000) -> tuple[dict, Tensor]:
+    "Confidences on training images, by kind, and calibrated ones on the images of the selection half."
+    train, kinds = self.data.train.take(torch.arange(min(most, len(self.data.train)))), {k: [] for k in CONFIDENCES}
+    for batch in Batches(train, min(500, len(train)), seed):
+        z = self(batch)
+        for k, found in kinds.items(): found.append(self.confidences(z, batch, k).flatten())
+    unseen = self.calibration.unseen(most)
+    return ({k: torch.cat(found) for k, found in kinds.items()},
+            self.confidences(self(unseen), unseen, "calibrated").flatten())
+
+# %% ../nbs/48_teachers.ipynb #010701e5
+@patch
+def unseen(self: Calibration, most: int = 2000) -> Batch:
+    "Images of the selection half, as they are."
+    n = min(most, len(self.selection))
+    batches = Batches(self.selection, n, self.seed, augment=False, shuffle=False, device=self.teachers.device)
+    return next(iter(batches))
+
+# %% ../nbs/48_teachers.ipynb #e37a4d8b
+@patch
+def mean_answers(self: Teachers, most: int = 2000) -> tuple[dict, np.ndarray]:
+    "The mean of the teachers' probabilities on unseen images, as they are and calibrated, and the right classes."
+    batch = self.calibration.unseen(most)
+    z, T = self(batch), upload(self.calibration.temperature, self.device)[:, None, None]
+    answers = {"as they are": z, "calibrated": z / T}
+    return {word: z.softmax(-1).mean(0).cpu().numpy() for word, z in answers.items()}, batch.y.cpu().numpy()
+
 # %% ../nbs/48_teachers.ipynb #27dcc0fd
 @patch
 def _may_take(self: Teachers, epochs: int, seeds: int) -> int:
