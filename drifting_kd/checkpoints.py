@@ -153,11 +153,18 @@ def model(self: Checkpoint) -> nn.Module:
     if "_model" not in self.__dict__: self._model = self.build()
     return self._model
 
-# %% ../nbs/11_checkpoints.ipynb #0a411cfb
+# %% ../nbs/11_checkpoints.ipynb #3ba96802
+def _classes(model: nn.Module) -> int | None:
+    "How many classes a network tells apart, as far as it says."
+    told = getattr(model, "spec", {}).get("kwargs", {}).get("num_classes")
+    head = getattr(getattr(model, "head", None), "out_features", None)
+    return told or head or getattr(model, "num_classes", None) or None
+
+# %% ../nbs/11_checkpoints.ipynb #a5afc318
 def kind_of(model: nn.Module) -> str:
     "`generator`, `classifier` or an empty text."
     if hasattr(model, "sample_batches") or hasattr(model, "noise_shape"): return "generator"
-    return "classifier" if hasattr(model, "head") and hasattr(model, "features") else ""
+    return "classifier" if hasattr(model, "features") and _classes(model) else ""
 
 # %% ../nbs/11_checkpoints.ipynb #eadcfb45
 def _newest(kind: str) -> Path:
@@ -243,13 +250,6 @@ def weights_sha256(model: nn.Module, mean: tuple, std: tuple, size: int = 0) -> 
         digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
         digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
-
-# %% ../nbs/11_checkpoints.ipynb #3ba96802
-def _classes(model: nn.Module) -> int | None:
-    "How many classes a network tells apart, as far as it says."
-    told = getattr(model, "spec", {}).get("kwargs", {}).get("num_classes")
-    head = getattr(getattr(model, "head", None), "out_features", None)
-    return told or head or getattr(model, "num_classes", None) or None
 
 # %% ../nbs/11_checkpoints.ipynb #b31438f6
 class Frozen:
