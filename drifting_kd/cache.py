@@ -213,7 +213,7 @@ def __call__(self: ViewCache,
         self._keep(index.cpu()[missing], view.cpu()[missing], fresh)
     return upload(torch.from_numpy(values), self.net.device).float()
 
-# %% ../nbs/14_cache.ipynb #49dbe1aa
+# %% ../nbs/14_cache.ipynb #a810de6d
 @patch
 def _keep(self: ViewCache, index: Tensor, view: Tensor, fresh: np.ndarray) -> None:
     "Write rows, as long as that works."
@@ -222,7 +222,7 @@ def _keep(self: ViewCache, index: Tensor, view: Tensor, fresh: np.ndarray) -> No
     except OSError as e:
         self.storing = False
         warnings.warn(f"teacher cache {self.path} cannot be written ({e.strerror or e}); "
-                      "what is missing is computed live from now on")
+                      "what is missing is computed live from now on", stacklevel=3)
 
 # %% ../nbs/14_cache.ipynb #225a9604
 @patch

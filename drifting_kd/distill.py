@@ -55,14 +55,15 @@ class MethodConfig(TrainConfig):
     feature_layers: str = param(
         "", "layers that it sees, in words; the teachers' after an equals sign; empty is the last stage")
 
-# %% ../nbs/49_distill.ipynb #55007ea0
+# %% ../nbs/49_distill.ipynb #74398cf5
 @dataclass
 class DistillConfig(MethodConfig):
     "Everything a distilling run needs."
     epochs: int = param(30, "passes over the training images", low=1, high=100_000)
     val_fraction: float = param(
         0.2, "share of the training images kept: half to calibrate teachers, half for selection", low=0, high=0.9)
-    eval_every: int = param(5, "epochs between evaluations; the end always is one", low=1)
+    eval_every: int = param(
+        5, "epochs between evaluations, or steps where steps is set; the end always is one", low=1)
     teachers: str = param(
         "", "runs, folders, files, artifacts or published networks, in words; empty trains own ones, once")
     teacher_models: str = param("resnet14 resnet14 resnet14", "networks of own teachers, in words")
@@ -107,9 +108,9 @@ def more_of(self: MethodConfig, base: Composition,
         (options if name in own else found)[name] = value
     return found, options
 
-# %% ../nbs/49_distill.ipynb #931d6133
+# %% ../nbs/49_distill.ipynb #c707000f
 @patch
-def composition(self: MethodConfig) -> Composition:
+def composition(self: MethodConfig) -> Composition: # noqa: F811
     "The method with the fields that are given."
     if self.method == "none": return METHODS["none"]
     numbers = dict(weight=self.kd_weight, alpha=self.kd_alpha, gamma=self.gamma, threshold=self.threshold)
@@ -568,6 +569,15 @@ def teachers_right(self: Distill) -> dict[str, float]:
     def called(t) -> str: return t.name if "/" in t.name or t.seen is None else f"{t.name}, after the last step"
     said = self.teachers_say("test").T[1:]
     return {called(t): float((own == labels).mean()) for t, own in zip(self.teachers, said)}
+
+# %% ../nbs/49_distill.ipynb #98929325
+@patch
+def cache_in_words(self: Distill) -> str:
+    "What the teachers' caches hold, and where."
+    caches = self.teachers.caches + self.teachers.test_caches
+    size = sum(c.disk() for c in caches) / 1e6
+    return (f"their logits: {size:.1f} MB in {caches[0].path.parent}, {self.facts()['cache_computed']:,} rows computed "
+            "by this run; other methods and seeds find them there")
 
 # %% ../nbs/49_distill.ipynb #0cb94627
 def gain_in_words(taught: float, alone: float, n: int) -> str:
