@@ -55,7 +55,7 @@ class MethodConfig(TrainConfig):
     feature_layers: str = param(
         "", "layers that it sees, in words; the teachers' after an equals sign; empty is the last stage")
 
-# %% ../nbs/49_distill.ipynb #74398cf5
+# %% ../nbs/49_distill.ipynb #4822c904
 @dataclass
 class DistillConfig(MethodConfig):
     "Everything a distilling run needs."
@@ -70,7 +70,6 @@ class DistillConfig(MethodConfig):
     teacher_epochs: int = param(20, "epochs of own teachers", low=1, high=100_000)
     cache: str = param("off", "teachers' logits on the disk: off, lazy or ahead", choices=("off", "lazy", "ahead"))
     baseline: bool = param(True, "train the same student without teachers, once, to compare with")
-
     NOT_COMPARED = (*TrainConfig.NOT_COMPARED, "baseline")
 
     def __post_init__(self):
