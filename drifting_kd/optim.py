@@ -10,11 +10,11 @@ from .core import LabError, import_torchvision, unknown
 # %% auto #0
 __all__ = ['OPTIMIZERS', 'optimizer_class', 'optimizer_settings', 'make_optimizer', 'check_optimizer', 'lr_at']
 
-# %% ../nbs/30_optim.ipynb #753c40ce
+# %% ../nbs/30_optim.ipynb #86f4ab72
 OPTIMIZERS = {"sgd": dict(lr=0.1, momentum=0.9, weight_decay=1e-4),
               "nesterov": dict(lr=0.1, momentum=0.9, weight_decay=1e-4, nesterov=True),
               "adam": dict(lr=1e-3), "adamw": dict(lr=1e-3, weight_decay=1e-2),
-              "muon": dict(lr=0.02, momentum=0.95), "lion": dict(lr=1e-4)}  # the defaults that differ from the class's own
+              "muon": dict(lr=0.02, momentum=0.95), "lion": dict(lr=1e-4)}  # where they differ from the class's own
 
 # %% ../nbs/30_optim.ipynb #1982ced8
 def optimizer_class(name: str) -> type:
@@ -53,12 +53,13 @@ def make_optimizer(parameters, name: str, **settings):
     fusible = "fused" in inspect.signature(cls.__init__).parameters and parameters[0].device.type in ("cpu", "cuda")
     return cls(parameters, **optimizer_settings(name, **settings), **({"fused": True} if fusible else {}))
 
-# %% ../nbs/30_optim.ipynb #d45c1b70
+# %% ../nbs/30_optim.ipynb #cd02c322
 def check_optimizer(name: str, **settings) -> None:
     "Refuse a name or settings that the optimiser itself would refuse, before anything is written."
     optimizer_settings(name, **settings)
     plain = settings.get("momentum", -1) < 0 and not settings.get("betas")
-    if plain and optimizer_class(name).__module__.startswith("torch."): return  # a step imports torch's compiler, for seconds
+    # a first step imports torch's compiler, for seconds
+    if plain and optimizer_class(name).__module__.startswith("torch."): return
     import torch
     weight = torch.nn.Parameter(torch.zeros(2, 2))
     weight.grad = torch.zeros(2, 2)

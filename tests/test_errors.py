@@ -15,7 +15,7 @@ torch.save = save
 """
 FULL_FROM_THE_START = "import resource; resource.setrlimit(resource.RLIMIT_FSIZE, (512, 512))"  # less than config.json
 NOT_A_NUMBER = """
-import drifting_kd.train as t
+import drifting_kd.classify as t
 def loss(self, batch, step, real=t.Classify.loss):
     value, metrics = real(self, batch, step)
     return value * (float("nan") if step == 14 else 1.0), metrics

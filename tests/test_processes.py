@@ -3,7 +3,7 @@ import json, signal, socket, subprocess, sys
 import pytest
 from conftest import losses, same_weights, train, weights
 
-NO_BATCHNORM = "import drifting_kd.train as t, torch; create = t.create_model\ndef plain(*a, **k):\n    m = create(*a, **k)\n    for x in m.modules():\n        for n, c in x.named_children():\n            if isinstance(c, torch.nn.BatchNorm2d): setattr(x, n, torch.nn.Identity())\n    return m\nt.create_model = plain"
+NO_BATCHNORM = "import drifting_kd.classify as t, torch; create = t.create_model\ndef plain(*a, **k):\n    m = create(*a, **k)\n    for x in m.modules():\n        for n, c in x.named_children():\n            if isinstance(c, torch.nn.BatchNorm2d): setattr(x, n, torch.nn.Identity())\n    return m\nt.create_model = plain"
 def two_processes() -> list[str]:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
@@ -48,7 +48,7 @@ def test_processes_parameter(lab):
 
 def test_two_processes_killed_and_resumed(lab):
     "Between two log lines: the half-full window of both goes on."
-    die = "import os, signal\nimport drifting_kd.train as t\ndef after_step(self, step):\n    if step == 8: os.killpg(0, signal.SIGKILL)\nt.Classify.after_step = after_step"
+    die = "import os, signal\nimport drifting_kd.classify as t\ndef after_step(self, step):\n    if step == 8: os.killpg(0, signal.SIGKILL)\nt.Classify.after_step = after_step"
     settings = dict(processes=2, epochs=2, log_every=4, save_every=1)
     whole, killed = train(run_name="whole", **settings), train(die, run_name="killed", **settings)
     assert whole.returncode == 0 and killed.returncode == -signal.SIGKILL and not (lab / "runs/killed/metrics.json").exists()
@@ -60,7 +60,7 @@ JOINED = """
 import torch, torch.distributed as dist
 from torch import nn
 from torch.testing import assert_close
-from drifting_kd.train import globalize_batchnorm
+from drifting_kd.processes import globalize_batchnorm
 dist.init_process_group("gloo")
 half = lambda x: x.chunk(2)[dist.get_rank()]
 torch.manual_seed(0)
@@ -84,7 +84,7 @@ def test_global_batchnorm_is_batchnorm_of_the_joined_batch(tmp_path):
 
 def test_a_batchnorm_that_cannot_be_shared_is_refused():
     import torch
-    from drifting_kd.train import globalize_batchnorm
+    from drifting_kd.processes import globalize_batchnorm
     for odd in (dict(affine=False), dict(momentum=None), dict(track_running_stats=False)):
         with pytest.raises(ValueError, match="use processes=1"): globalize_batchnorm(torch.nn.BatchNorm2d(2, **odd), torch.device("cpu"))
 
@@ -115,7 +115,7 @@ def test_a_batch_that_does_not_divide_is_refused(lab):
 
 def test_what_stops_a_child_is_one_line(lab):
     "Also with three processes, whose shares of an evaluation differ."
-    nan = "import drifting_kd.train as t; real = t.Classify.loss\ndef loss(self, batch, step):\n    l, m = real(self, batch, step)\n    return l * (float('nan') if step == 4 else 1), m\nt.Classify.loss = loss"
+    nan = "import drifting_kd.classify as t; real = t.Classify.loss\ndef loss(self, batch, step):\n    l, m = real(self, batch, step)\n    return l * (float('nan') if step == 4 else 1), m\nt.Classify.loss = loss"
     out = train(nan, run_name="nan", processes=2)
     assert out.returncode == 1 and out.stderr.strip().splitlines()[-1].startswith("LabError: the loss or its gradient is not finite at step 4"), out.stderr[-2000:]
     three = train(run_name="three", processes=3, batch_size=51, epochs=1)

@@ -8,7 +8,7 @@ HARD = dict(optimizer="adamw", ema_decay=0.9, grad_clip=1.0, epochs=6, log_every
 # Writes half of a checkpoint and dies, at the n-th save.
 DIE_IN_SAVE = """
 import io, os, signal, torch
-import drifting_kd.train as t
+import drifting_kd.classify as t
 saves = 0
 def half(content, f, real=torch.save):
     global saves
