@@ -5,7 +5,10 @@ import matplotlib
 import numpy as np
 import pytest
 from conftest import ROOT, train
-from drifting_kd.analysis import PAIR_KINDS, barrier, cka_matrix, judge_split, layer_features, layer_history, linear_cka, loss_of, match_weights, reestimate_batchnorm, sharpness, solution, unit_filters
+from drifting_kd.analysis import judge_split, layer_history
+from drifting_kd.landscape import loss_of, sharpness, solution
+from drifting_kd.solutions import (
+    PAIR_KINDS, barrier, cka_matrix, layer_features, linear_cka, match_weights, reestimate_batchnorm, unit_filters)
 from drifting_kd.core import LabError
 from drifting_kd.run import read_metrics
 from drifting_kd.sources import permutation
