@@ -186,12 +186,11 @@ def sample(model: nn.Module,
     batches = sample_batches(model, condition, n, seed, **sampling)
     return torch.cat([to_uint8(x.float(), "signed").cpu() for x in batches])
 
-# %% ../nbs/42_generate.ipynb #809af1fb
+# %% ../nbs/42_generate.ipynb #df6d43ef
 @dataclass
 class GenerateConfig(FitConfig):
     "What every family of generators adds to the loop's settings."
-    judge: str = param("", "what distances are measured by: a shipped judge, a run, none; "
-                           "empty is the data set's own, where there is one")
+    judge: str = param("", "what measures distances: a shipped judge, a run, none; empty is the data set's own")
     eval_samples: int = param(1000, "generated images an evaluation in training", low=2)
     num_samples: int = param(2000, "generated images of the evaluation at the end", low=2)
 

@@ -547,7 +547,7 @@ def _summary(self: Loop) -> dict:
                   model_name=model_name(self.model),
                   parameters=sum(p.numel() for p in self.model.parameters()),
                   checkpoint_path=f"checkpoints/{'best' if self.best.found else 'last'}.pt")
-    return found | self.task.facts()
+    return found | {k: v for k, v in self.task.facts().items() if k != "kind"}  # a run has a kind of its own
 
 # %% ../nbs/32_train.ipynb #63142d42
 @patch

@@ -104,7 +104,7 @@ def watched():
 
 def everywhere() -> None:
     "From here on `auto` is the device, and every step but a task's first is watched."
-    from drifting_kd import core, data, drift, evaluate, kd, train
+    from drifting_kd import cache, core, data, drifting, evaluate, train  # noqa: F401 (evaluate chooses a device, too)
     torch.tensor, torch.as_tensor, torch.inference_mode = _by_way_of_the_host(torch.tensor), _by_way_of_the_host(torch.as_tensor), _no_inference
     torch.Tensor.new_tensor = lambda self, values, **options: torch.tensor(values, **dict(dtype=self.dtype, device=self.device) | options)
     own = core.choose_device
@@ -114,7 +114,7 @@ def everywhere() -> None:
     def train_step(self, group):
         with watched() if self.step else contextlib.nullcontext(): step(self, group)
     train.Loop.train_step = train_step
-    for batches in (data.Batches, drift.Draws, kd.HostBatches):
+    for batches in (data.Batches, drifting.Draws, cache.HostBatches):
         def each(self, own=batches.__iter__):
             batches = own(self)
             for i in range(len(self)):
