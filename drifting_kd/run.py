@@ -13,7 +13,7 @@ from drifting_kd.core import (
     write_json)
 
 # %% auto #0
-__all__ = ['try_lock', 'holder', 'locked', 'Run', 'run_state', 'default_name', 'read_metrics', 'list_runs', 'once']
+__all__ = ['try_lock', 'holder', 'locked', 'Run', 'run_state', 'is_held', 'default_name', 'read_metrics', 'list_runs', 'once']
 
 # %% ../nbs/01_run.ipynb #a54250cc
 def try_lock(path: Path) -> FileLock | None:
@@ -69,16 +69,16 @@ class Run:
     @property
     def finished(self) -> bool: return (self.path / "metrics.json").exists()
 
-# %% ../nbs/01_run.ipynb #56bf850a
+# %% ../nbs/01_run.ipynb #61d67110
 def run_state(path: Path) -> str:
     "`finished`, `running` (a live process holds it) or `stopped` (killed, failed or interrupted)."
     if (path / "metrics.json").exists(): return "finished"
     if not (path / ".lock").exists(): return "stopped"
     if str(path) in Run.held: return "running"
-    return "running" if _is_held(path / ".lock") else "stopped"
+    return "running" if is_held(path / ".lock") else "stopped"
 
-# %% ../nbs/01_run.ipynb #67bc4987
-def _is_held(path: Path) -> bool:
+# %% ../nbs/01_run.ipynb #88897526
+def is_held(path: Path) -> bool:
     "Does another process hold the lock? Nothing is written."
     if os.access(path, os.W_OK):
         lock = FileLock(path, thread_local=False)
