@@ -1,9 +1,8 @@
 "Sweeps and comparisons with real processes: `dkd sweep`, `dkd compare`, on a small notebook of their own."
-import json, os, shutil, signal, subprocess, sys, threading, time
+import json, os, shutil, signal, subprocess, sys, time
 import pytest
 from conftest import ROOT
 from drifting_kd.run import run_state
-from drifting_kd.sweep import _run_one
 
 TOY = '''import drifting_kd.core
 from drifting_kd.core import Config, LabError, param, watch_parameters, write_json
@@ -93,10 +92,33 @@ def test_a_terminated_sweep_takes_its_runs_with_it(toy):
     while "running" in states() and time.time() < end: time.sleep(.2)  # a kernel looks for its parent every second
     assert sorted(began(toy)) == ["lr0.1", "lr0.2"] and states() == ["stopped"] * 2
 
-def test_a_run_that_is_just_beginning_is_terminated_too(toy):
-    stopped = threading.Event()
-    stopped.set()  # between the look at it and the start of the process
-    assert _run_one({"run_name": "late"}, "toy", 1, set(), stopped) == "it was killed" and not began(toy)
+def test_two_sweeps_at_once_share_the_work(toy):
+    matrix = toy / "m.yaml"
+    matrix.write_text("notebook: toy\nbase: {wait: 1.0}\nmatrix: {lr: [0.1, 0.2, 0.3, 0.4]}\nname: 'lr{lr}'")
+    command = [sys.executable, "-m", "drifting_kd.cli", "sweep", str(matrix)]
+    both = [subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    said = [sweep.communicate(timeout=300) for sweep in both]
+    assert [sweep.returncode for sweep in both] == [0, 0], said
+    assert began(toy) == {f"lr{lr}": 1 for lr in (.1, .2, .3, .4)}  # each run once
+    assert all("4 runs, 0 of them finished before" in out and "4/4" in out for out, _ in said), said
+
+def test_a_sweep_makes_what_another_one_left(toy):
+    matrix = toy / "m.yaml"
+    matrix.write_text("notebook: toy\nbase: {wait: 100.0}\nmatrix: {lr: [0.1]}\nname: 'lr{lr}'")
+    command = [sys.executable, "-m", "drifting_kd.cli", "sweep", str(matrix)]
+    first = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    end = time.time() + 120
+    while not began(toy) and time.time() < end: time.sleep(.2)
+    second = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    time.sleep(3)
+    assert second.poll() is None and began(toy) == {"lr0.1": 1}  # it waits
+    os.killpg(first.pid, signal.SIGKILL)
+    first.wait()
+    end = time.time() + 120
+    while began(toy) == {"lr0.1": 1} and time.time() < end: time.sleep(.2)
+    assert began(toy) == {"lr0.1": 2}
+    second.terminate()
+    second.communicate(timeout=60)
 
 def test_a_killed_sweep_continues(toy):
     matrix = toy / "m.yaml"
