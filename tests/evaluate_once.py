@@ -1,13 +1,14 @@
 "python tests/evaluate_once.py train|evaluate '{\"num_samples\": 300}' [code]: one training of a toy generator, or one evaluation, in a process of its own."
 import json, sys
 import torch
-from drifting_kd import evaluate
 from drifting_kd.core import LabError
 from drifting_kd.run import Run
 from drifting_kd.data import Batches
 from drifting_kd.generators import create_generator
 from drifting_kd.train import Task, fit
 from drifting_kd.classify import TrainConfig, prepare
+from drifting_kd.scores import EvaluateConfig
+from drifting_kd.evaluate import evaluate
 
 class Imitate(Task):
     "Each sample goes to its class's mean image plus some noise."
@@ -32,5 +33,5 @@ def train(settings: dict) -> None:
 if __name__ == "__main__":
     what, settings = sys.argv[1], json.loads(sys.argv[2])
     if len(sys.argv) > 3: exec(sys.argv[3], globals())
-    try: train(settings) if what == "train" else evaluate.evaluate(evaluate.EvaluateConfig(**dict(tracker="none", device="cpu", threads=1) | settings))
+    try: train(settings) if what == "train" else evaluate(EvaluateConfig(**dict(tracker="none", device="cpu", threads=1) | settings))
     except LabError as e: sys.exit(f"{type(e).__name__}: {e}")

@@ -7,7 +7,8 @@ import pytest
 import torch
 from conftest import ROOT, train as train_classifier
 from drifting_kd.core import LabError, environ, import_torchvision
-from drifting_kd.scores import EvaluateConfig, clip_score, lpips_diversity, lpips_network, load_clip, read_rows, write_row
+from drifting_kd.perception import CLIP_MEAN, CLIP_STD, clip_score, load_clip, lpips_diversity, lpips_network
+from drifting_kd.scores import EvaluateConfig, read_rows, write_row
 from drifting_kd.evaluate import evaluate
 from drifting_kd.images import to_rgb
 
@@ -77,7 +78,7 @@ def test_command_line_distances(root):
     assert made.returncode == 0 and "digits:test" in made.stdout and (root / "ref.npz").exists(), made.stderr
     assert missing.returncode == 1 and "nothing does not exist" in missing.stderr and missing.stderr.count("\n") == 1, missing.stderr
     run = dkd(root, "fid", "ref.npz", "toy", "--n", 400)
-    assert run.returncode == 0 and run.stdout.startswith("toy: step_") and ", alpha 1\ndigits-FD " in run.stdout and "real against real" in run.stdout and "n=400 against 359" in run.stdout, run.stderr
+    assert run.returncode == 0 and run.stdout.startswith("toy: final_model.pt, step ") and ", alpha 1\ndigits-FD " in run.stdout and "real against real" in run.stdout and "n=400 against 359" in run.stdout, run.stderr
 
 @pytest.mark.slow
 def test_a_tracker_run_of_its_own(root):
@@ -90,11 +91,12 @@ def test_a_tracker_run_of_its_own(root):
 
 KILL = """
 import os, signal
-real = evaluate._State.save
-def save(self, done, *rest):
-    real(self, done, *rest)
-    if done == 4: os.kill(os.getpid(), signal.SIGKILL)
-evaluate._State.save = save"""
+from drifting_kd.samples import State
+real = State.save
+def save(self, *rest):
+    real(self, *rest)
+    if self.done == 4: os.kill(os.getpid(), signal.SIGKILL)
+State.save = save"""
 
 def test_killed_evaluation_continues_to_the_bit(root):
     whole = root.parent / "whole"
@@ -140,7 +142,7 @@ def test_two_evaluations_share_a_folder_and_ranks_share_a_checkpoint(root):
 
 GATHER = """
 import sys, torch, torch.distributed as dist
-from drifting_kd.scores import gather_moments
+from drifting_kd.samples import gather_moments
 from drifting_kd.fid import Moments
 rank = int(sys.argv[1])
 dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{sys.argv[2]}", rank=rank, world_size=2)
@@ -209,7 +211,6 @@ def tiny_clip(tmp_path_factory):
 def test_clip_score_is_the_cosine_of_clips_own_logits(tiny_clip, monkeypatch):
     network, tokenizer = load_clip(str(tiny_clip))
     images, captions = torch.randint(0, 256, (7, 32, 32, 3), dtype=torch.uint8), [f"a photo of {'abc'[i % 3] * (i + 1)}" for i in range(7)]
-    from drifting_kd.scores import CLIP_MEAN, CLIP_STD
     pixels = ((images.numpy() / 255 - CLIP_MEAN) / CLIP_STD).transpose(0, 3, 1, 2)  # already 32 x 32
     with torch.no_grad(): theirs = network(**tokenizer(captions, padding=True, return_tensors="pt"), pixel_values=torch.from_numpy(pixels).float()).logits_per_image.diagonal() / network.logit_scale.exp()
     for batch in (3, 64): assert clip_score(images, captions, str(tiny_clip), batch_size=batch) == pytest.approx(theirs.mean().item(), abs=1e-5)
