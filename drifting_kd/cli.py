@@ -295,9 +295,8 @@ def compare_command(args) -> int:
 # %% ../nbs/70_cli.ipynb #83c352e8
 def fid_command(args) -> int:
     "`dkd fid`"
-    from drifting_kd.evaluate import judge_for, own_alpha, run_checkpoint, size_for, stats_of
+    from drifting_kd.subjects import checkpoint_of, judge_for, own_alpha, size_for, stats_of
     from drifting_kd.fid import fid, kid
-    from drifting_kd.checkpoints import load_checkpoint
     from drifting_kd.classify import use_threads
     sources = [args.real, args.fake]
     judge = judge_for(sources, args.extractor, args.mode, args.device, args.data_root, args.dataset)
@@ -306,9 +305,9 @@ def fid_command(args) -> int:
                     image_size=args.image_size or size_for(sources))
     real, fake = stats_of(args.real, judge, **settings), stats_of(args.fake, judge, args.n, **settings)
     for text in sources:
-        if path := run_checkpoint(text):
-            c = load_checkpoint(path)
-            print(f"{text}: {path.name}, step {c['step']:,}, alpha {args.alpha or own_alpha(c['config']):g}")
+        if found := checkpoint_of(text):
+            alpha = args.alpha or own_alpha(found.facts["config"])
+            print(f"{text}: {found.path.name}, step {found.facts['step']:,}, alpha {alpha:g}")
     floor = stats_of(args.floor, judge, **settings) if args.floor else True
     print(fid(real, fake, judge, seed=args.seed, floor=floor))
     if args.kid: print(kid(real, fake, judge, seed=args.seed, floor=floor))
@@ -317,7 +316,7 @@ def fid_command(args) -> int:
 # %% ../nbs/70_cli.ipynb #abfd5f1f
 def reference_command(args) -> int:
     "`dkd reference`"
-    from drifting_kd.evaluate import judge_for, stats_of
+    from drifting_kd.subjects import judge_for, stats_of
     if not args.output.endswith(".npz"): raise LabError(f"{args.output}: expected a name that ends in .npz")
     source = f"{args.dataset}:{args.split}"
     judge = judge_for([source], args.extractor, args.mode, args.device, args.data_root)
@@ -332,11 +331,11 @@ def reference_command(args) -> int:
 # %% ../nbs/70_cli.ipynb #57403aca
 def evaluate_command(args) -> int:
     "`dkd evaluate`"
-    from drifting_kd.checkpoints import load_checkpoint
-    from drifting_kd.evaluate import evaluate_student, student_file
-    file = student_file(args.source)
-    print(f"{_show(file)}, step {load_checkpoint(file)['step']:,}")
-    found = evaluate_student(file, args.split, args.teachers, args.device, args.tracker, args.data_root)
+    from drifting_kd.checkpoints import find
+    from drifting_kd.students import evaluate_student
+    file = find(args.source)
+    print(f"{_show(file.path)}, step {file.facts['step']:,}")
+    found = evaluate_student(file.path, args.split, args.teachers, args.device, args.tracker, args.data_root)
     for name, value in found.items(): print(f"{name:24} {value:.4f}")
     return 0
 
