@@ -21,8 +21,8 @@ from .checkpoints import Checkpoint, Frozen, find, place, pretrained
 from .cache import PAGE, ViewCache, cache_bytes, cache_folder, disk_bytes
 
 # %% auto #0
-__all__ = ['CONFIDENCES', 'Teacher', 'load_teacher', 'source_file', 'words_of_sources', 'Teachers', 'halves', 'fold_splits',
-           'fit_temperature', 'log_odds', 'quantiles_by_class', 'transport', 'Calibration', 'plot_confidences']
+__all__ = ['CONFIDENCES', 'Teacher', 'load_teacher', 'words_of_sources', 'Teachers', 'halves', 'fold_splits', 'fit_temperature',
+           'log_odds', 'quantiles_by_class', 'transport', 'Calibration', 'plot_confidences']
 
 # %% ../nbs/48_teachers.ipynb #1523f2a5
 @dataclass
@@ -151,11 +151,6 @@ def load_teacher(source,         # a run, a file, an artifact, a published name,
     raise LabError(f"teacher {teacher.source} was trained on {shared} of the student's {len(data.val)} validation "
                    "images, so it cannot be calibrated or judged on them; give both the same split "
                    f"(the teacher has {teacher.split})")
-
-# %% ../nbs/48_teachers.ipynb #a30d19fc
-def source_file(source) -> Path | None:
-    "The file that `find` finds, if anything; for callers that have not moved."
-    return find(source).path if place(source) else None
 
 # %% ../nbs/48_teachers.ipynb #65b97227
 def words_of_sources(text: str) -> list[str]:
