@@ -11,9 +11,9 @@ from .run import list_runs, run_state, try_lock
 from .sweep import BUSY, Local, claim, expand, load_matrix, load_yaml, run_sweep, shown
 
 # %% auto #0
-__all__ = ['KEY_METRICS', 'COMMANDS', 'find_notebook', 'parameters_cell', 'declared', 'cast', 'parameters', 'execute', 'ran',
-           'run_command', 'table', 'notebook_of', 'runs_command', 'sweep_command', 'compare_command', 'fid_command',
-           'reference_command', 'evaluate_command', 'parser', 'main']
+__all__ = ['KEY_METRICS', 'COMMANDS', 'find_notebook', 'parameters_cell', 'declared', 'cast', 'parameters', 'NeverStarted',
+           'execute', 'run_command', 'table', 'notebook_of', 'runs_command', 'sweep_command', 'compare_command',
+           'fid_command', 'reference_command', 'evaluate_command', 'parser', 'main']
 
 # %% ../nbs/70_cli.ipynb #953954db
 def find_notebook(name: str) -> Path:
@@ -114,7 +114,11 @@ def _paths(run: Path) -> list[tuple[str, Path]]:
     "What a person looks for in a run."
     return [("run", run), ("metrics", run / "metrics.json"), ("figures", run / "figures")]
 
-# %% ../nbs/70_cli.ipynb #06972b3a
+# %% ../nbs/70_cli.ipynb #a36427c8
+class NeverStarted(LabError):
+    "No cell of the notebook was run."
+
+# %% ../nbs/70_cli.ipynb #9506e6b4
 def _start(notebook: Path, typed: dict, output: Path) -> None:
     "Run a notebook with papermill; a kernel that does not start gets a second chance."
     import papermill
@@ -126,10 +130,10 @@ def _start(notebook: Path, typed: dict, output: Path) -> None:
         except RuntimeError as e:
             if not re.match("Kernel (died before replying|didn't respond)", str(e)): raise
             if chance == 2:
-                raise LabError(f"the notebook's kernel does not start ({e}, twice); "
-                               f"see what it says: {sys.executable} -m ipykernel") from None
+                raise NeverStarted(f"the notebook's kernel does not start ({e}, twice); "
+                                   f"see what it says: {sys.executable} -m ipykernel") from None
 
-# %% ../nbs/70_cli.ipynb #27441d42
+# %% ../nbs/70_cli.ipynb #dca4c853
 @contextlib.contextmanager
 def _in_a_line(notebook: Path, output: Path):
     "Within the block the errors of papermill and Jupyter become a `LabError`."
@@ -141,13 +145,13 @@ def _in_a_line(notebook: Path, output: Path):
         what = e.evalue if e.ename == "LabError" else f"{e.ename}: {e.evalue}"
         raise LabError(f"{what}; the traceback is in {_show(output)}") from None
     except NoSuchKernel as e:
-        raise LabError(f"{_show(notebook)} asks for the kernel {e.name!r}, which is not installed here; "
+        raise NeverStarted(f"{_show(notebook)} asks for the kernel {e.name!r}, which is not installed here; "
                        "choose Python 3 (JupyterLab: Kernel, Change Kernel) and save it") from None
     except DeadKernelError:
         raise LabError("the kernel died (out of memory or killed); continue with -p resume True; "
                        f"what it did is in {_show(output)}") from None
 
-# %% ../nbs/70_cli.ipynb #69b1febc
+# %% ../nbs/70_cli.ipynb #820fbf14
 def execute(notebook: Path, typed: dict, output: Path) -> None:
     "Run a notebook to `output`, showing what it prints; LabError says in a line what stopped it."
     os.environ.setdefault("PYDEVD_DISABLE_FILE_VALIDATION", "1")
@@ -159,17 +163,14 @@ def execute(notebook: Path, typed: dict, output: Path) -> None:
         raise LabError(f"cannot write {output} ({e.strerror}); give --output the name of a notebook to make") from None
     try:
         with _in_a_line(notebook, output): _start(notebook, typed, output)
+    except NeverStarted:
+        if new: output.unlink(missing_ok=True)
+        raise
     except KeyboardInterrupt:  # nbclient leaves a task behind, whose traceback would be the last thing on the screen
         logging.getLogger("asyncio").setLevel(logging.CRITICAL)
         raise
     finally:
-        if new and output.exists() and not ran(output): output.unlink()
-
-# %% ../nbs/70_cli.ipynb #6758f4c9
-def ran(output: Path) -> bool:
-    "Whether a cell of an executed notebook was run."
-    text = output.read_text(encoding="utf-8", errors="replace")
-    return '"execution_count"' in text and re.search(r'"status": "(completed|failed|running)"', text) is not None
+        if new and output.exists() and not output.stat().st_size: output.unlink()
 
 # %% ../nbs/70_cli.ipynb #707a78c2
 @contextlib.contextmanager
