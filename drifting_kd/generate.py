@@ -23,8 +23,8 @@ from .train import FitConfig, Task
 
 # %% auto #0
 __all__ = ['NOISE_BLOCK', 'draw_noise', 'Prompts', 'part_of', 'captions', 'classes_of', 'labels_like', 'check_condition',
-           'check_alpha', 'used_sampling', 'sample_batches', 'sample', 'GenerateConfig', 'in_training_judge',
-           'Generate', 'caption_grid']
+           'check_alpha', 'used_sampling', 'makes_images', 'sample_batches', 'sample', 'GenerateConfig',
+           'in_training_judge', 'Generate', 'caption_grid']
 
 # %% ../nbs/42_generate.ipynb #8216a1aa
 NOISE_BLOCK = 64  # images whose noise comes from one random generator
@@ -136,6 +136,11 @@ def used_sampling(model: nn.Module, **sampling) -> dict:
     alpha = sampling.get("alpha", low)
     check_alpha(model, alpha)
     return dict(alpha=float(alpha))
+
+# %% ../nbs/42_generate.ipynb #03532163
+def makes_images(model: nn.Module) -> bool:
+    "Does `sample` know what to do with it?"
+    return hasattr(model, "sample_batches") or hasattr(model, "noise_shape")
 
 # %% ../nbs/42_generate.ipynb #13c476c3
 @torch.no_grad()
