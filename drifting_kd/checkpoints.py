@@ -19,8 +19,7 @@ from .models import activations, create_model, fold_batchnorm, layer_names, mode
 
 # %% auto #0
 __all__ = ['CHECKPOINT_KEYS', 'RUN_FILES', 'PUBLISHED', 'load_checkpoint', 'checkpoint_model', 'is_path', 'is_artifact', 'place',
-           'is_run', 'Checkpoint', 'kind_of', 'find', 'find_all', 'checkpoint_file', 'weights_sha256', 'Frozen',
-           'frozen', 'pretrained']
+           'is_run', 'Checkpoint', 'kind_of', 'find', 'find_all', 'weights_sha256', 'Frozen', 'frozen', 'pretrained']
 
 # %% ../nbs/11_checkpoints.ipynb #dd231778
 CHECKPOINT_KEYS = ("model", "ema", "optimizer", "task", "rng", "config", "factory", "kwargs", "step", "epoch",
@@ -234,11 +233,6 @@ def find_all(text: str | Path = "", # what `find` takes, and a folder of .pt fil
     files = _of_run(path) if is_run(path) else _unique(list(path.glob("*.pt")))
     if not files: raise LabError(f"{path} holds no checkpoints (.pt); train first, or give another folder")
     return [Checkpoint(file) for file in files]
-
-# %% ../nbs/11_checkpoints.ipynb #3f01ece4
-def checkpoint_file(source: str | Path) -> Path:
-    "The file that `find` finds; for callers that have not moved."
-    return find(source).path
 
 # %% ../nbs/11_checkpoints.ipynb #0df1dad1
 def weights_sha256(model: nn.Module, mean: tuple, std: tuple, size: int = 0) -> str:
