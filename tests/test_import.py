@@ -5,7 +5,9 @@ from conftest import ROOT
 HEAVY = ("torchvision timm diffusers transformers wandb trackio mlflow keras tensorflow ray optuna sklearn scipy pandas matplotlib seaborn PIL datasets lpips cleanfid accelerate "
          "papermill nbclient nbdev IPython yaml requests").split()
 LIGHT = ("core", "sweep", "cli")                         # not even torch
-ALLOWED = {"plots": {"matplotlib", "PIL"}, "analysis": {"matplotlib", "PIL"}, "report": {"matplotlib", "PIL"}, "judges": {"matplotlib", "PIL"}, "drift": {"matplotlib", "PIL"}, "generate": {"matplotlib", "PIL"}, "drifting": {"matplotlib", "PIL"}, "kd": {"matplotlib", "PIL"}, "evaluate": {"matplotlib", "PIL"}}  # what a module is about; all but the first draw with plots
+DRAW = """plots report judges drift generate drifting features teachers distill samples scores curves subjects
+evaluate students""".split()
+ALLOWED = {name: {"matplotlib", "PIL"} for name in DRAW}  # all but the first draw with plots
 
 def python(code: str, *args: str) -> subprocess.CompletedProcess:
     done = subprocess.run([sys.executable, "-c", code, *args], capture_output=True, text=True, timeout=120)
