@@ -8,7 +8,6 @@ HARD = dict(optimizer="adamw", ema_decay=0.9, grad_clip=1.0, epochs=6, log_every
 # Writes half of a checkpoint and dies, at the n-th save.
 DIE_IN_SAVE = """
 import io, os, signal, torch
-import drifting_kd.classify as t
 saves = 0
 def half(content, f, real=torch.save):
     global saves
@@ -78,12 +77,12 @@ def test_the_same_command_twice_gives_the_same_bits(lab):
     assert same_weights(a, b) and losses(a) == losses(b) and not same_weights(a, c)
 
 def test_a_running_run_is_left_alone(lab):
-    slow = "import time, drifting_kd.train as t; t.Classify.after_step = lambda self, step: time.sleep(1)"
+    slow = "import time, drifting_kd.classify as t; t.Classify.after_step = lambda self, step: time.sleep(1)"
     process = train(slow, wait=False, run_name="busy")
     try:
         while not (lab / "runs/busy/metrics.jsonl").exists(): time.sleep(0.1)
         second = train(run_name="busy", resume=True)
-        assert second.returncode == 1 and "being written by another process" in second.stderr
+        assert second.returncode == 1 and f"is being written by process {process.pid} on" in second.stderr
     finally:
         process.kill()
         process.wait()
