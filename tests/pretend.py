@@ -1,4 +1,6 @@
-"""A GPU made of the CPU: tensors of the device `pretend:0` hold CPU tensors, refuse to meet others, and every wait for the device is counted.
+"""A GPU made of the CPU: tensors of the device `pretend:0` hold CPU tensors and refuse to meet others.
+
+Every wait for the device is counted.
 
     python tests/pretend.py NOTEBOOK '{"epochs": 2}' ...    runs notebooks on it, one after the other, in one process
 
@@ -13,7 +15,12 @@ from torch.utils.backend_registration import _setup_privateuseone_for_python_bac
 
 aten = torch.ops.aten
 COPIES = {aten._to_copy.default, aten.copy_.default, aten._foreach_copy_.default}                     # may cross
-ANSWERS = {aten._local_scalar_dense.default, aten.nonzero.default, aten.equal.default, aten.item.default} # the host waits for a number
+ANSWERS = {
+    aten._local_scalar_dense.default,
+    aten.nonzero.default,
+    aten.equal.default,
+    aten.item.default,
+}  # the host waits for a number
 WAITS, watching = collections.Counter(), False
 
 class Device:
@@ -23,7 +30,10 @@ class Device:
     _lazy_init = staticmethod(lambda: None)
     device_count, current_device = staticmethod(lambda: 1), staticmethod(lambda: 0)
     manual_seed_all = staticmethod(lambda seed: None)  # its numbers come from the CPU's generator
-    get_rng_state, set_rng_state = staticmethod(lambda device=0: torch.zeros(8, dtype=torch.uint8)), staticmethod(lambda state, device=0: None)
+    get_rng_state, set_rng_state = (
+        staticmethod(lambda device=0: torch.zeros(8, dtype=torch.uint8)),
+        staticmethod(lambda state, device=0: None),
+    )
     get_amp_supported_dtype = staticmethod(lambda: [torch.bfloat16, torch.float16])
 
 _setup_privateuseone_for_python_backend("pretend", Device())
@@ -39,20 +49,37 @@ def _there(device) -> bool: return device is not None and torch.device(device).t
 class Pretend(torch.Tensor):
     @staticmethod
     def __new__(cls, held: torch.Tensor):
-        self = torch.Tensor._make_wrapper_subclass(cls, held.size(), strides=held.stride(), storage_offset=held.storage_offset(), dtype=held.dtype, layout=held.layout, device=DEVICE)
+        self = torch.Tensor._make_wrapper_subclass(
+            cls,
+            held.size(),
+            strides=held.stride(),
+            storage_offset=held.storage_offset(),
+            dtype=held.dtype,
+            layout=held.layout,
+            device=DEVICE,
+        )
         self.held = held
         return self
     @classmethod
     def __torch_dispatch__(cls, operator, types, args=(), kwargs=None): return call(operator, args, kwargs or {})
     def __repr__(self) -> str: return f"Pretend({tuple(self.shape)}, {self.dtype})"
-    def tolist(self): wait("tolist"); return self.held.tolist()
+    def tolist(self):
+        wait("tolist")
+        return self.held.tolist()
     def numpy(self, *args, **kwargs): raise TypeError("can't convert a pretend:0 tensor to numpy; use Tensor.cpu()")
     __array__ = numpy
-    def __reduce_ex__(self, protocol): return self.held.detach().clone().__reduce_ex__(protocol)  # what load_checkpoint gives anywhere
+
+    def __reduce_ex__(self, protocol):
+        return self.held.detach().clone().__reduce_ex__(protocol)  # what load_checkpoint gives anywhere
+
     def __deepcopy__(self, memo: dict):
         if id(self) not in memo:
             copy = self.detach().clone()
-            memo[id(self)] = torch.nn.Parameter(copy, self.requires_grad) if isinstance(self, torch.nn.Parameter) else copy.requires_grad_(self.requires_grad)
+            memo[id(self)] = (
+                torch.nn.Parameter(copy, self.requires_grad)
+                if isinstance(self, torch.nn.Parameter)
+                else copy.requires_grad_(self.requires_grad)
+            )
         return memo[id(self)]
 
 def call(operator, args: tuple, kwargs: dict):
@@ -62,16 +89,29 @@ def call(operator, args: tuple, kwargs: dict):
     mine, host = [t for t in tensors if isinstance(t, Pretend)], [t for t in tensors if not isinstance(t, Pretend)]
     if mine and operator not in COPIES:
         strangers = [tuple(t.shape) for t in host if t.ndim]
-        if strangers and operator in (aten.index.Tensor, aten.index_put_.default, aten.index_put.default): wait(f"an index from the host for {operator}")  # a GPU takes those, and waits
-        elif strangers: raise RuntimeError(f"{operator}: expected all tensors on one device, found pretend:0 and cpu {strangers}")
+        if strangers and operator in (aten.index.Tensor, aten.index_put_.default, aten.index_put.default):
+            wait(f"an index from the host for {operator}")  # a GPU takes those, and waits
+        elif strangers:
+            raise RuntimeError(f"{operator}: expected all tensors on one device, found pretend:0 and cpu {strangers}")
         if operator in ANSWERS: wait(str(operator))
     target = kwargs.get("device")
-    if kwargs.get("generator") is not None and (mine or _there(target)): raise RuntimeError(f"{operator}: a generator of the CPU for a tensor of pretend:0")
+    if kwargs.get("generator") is not None and (mine or _there(target)):
+        raise RuntimeError(f"{operator}: a generator of the CPU for a tensor of pretend:0")
     blocking = not (kwargs.get("non_blocking") or operator is aten.copy_.default and len(args) > 2 and args[2])
     if _there(target):
         if operator in COPIES and host and blocking: wait(f"an upload of {tuple(args[0].shape)}")
-        return tree_map_only(torch.Tensor, Pretend, operator(*held(args), **held(kwargs | {"device": torch.device("cpu")} | ({"pin_memory": False} if "pin_memory" in kwargs else {}))))
-    if operator is aten.copy_.default and len({type(t) for t in args[:2]}) > 1 and blocking: wait("copy_ between host and device")
+        return tree_map_only(
+            torch.Tensor,
+            Pretend,
+            operator(
+                *held(args),
+                **held(
+                    kwargs | {"device": torch.device("cpu")} | ({"pin_memory": False} if "pin_memory" in kwargs else {})
+                ),
+            ),
+        )
+    if operator is aten.copy_.default and len({type(t) for t in args[:2]}) > 1 and blocking:
+        wait("copy_ between host and device")
     out = operator(*held(args), **held(kwargs))
     if target is not None:
         if mine: wait(f"a download of {tuple(args[0].shape)}")
@@ -88,7 +128,9 @@ class OnTheDevice(TorchDispatchMode):
 def _by_way_of_the_host(make):
     "torch.tensor and its like leave dispatching aside."
     @functools.wraps(make)
-    def made(*args, device=None, **kwargs): return make(*args, **kwargs).to(device) if _there(device) else make(*args, device=device, **kwargs)
+    def made(*args, device=None, **kwargs):
+        return make(*args, **kwargs).to(device) if _there(device) else make(*args, device=device, **kwargs)
+
     return made
 
 def _no_inference(mode=True):
@@ -105,11 +147,19 @@ def watched():
 def everywhere() -> None:
     "From here on `auto` is the device, and every step but a task's first is watched."
     from drifting_kd import cache, core, data, drifting, evaluate, train  # noqa: F401 (evaluate chooses a device, too)
-    torch.tensor, torch.as_tensor, torch.inference_mode = _by_way_of_the_host(torch.tensor), _by_way_of_the_host(torch.as_tensor), _no_inference
-    torch.Tensor.new_tensor = lambda self, values, **options: torch.tensor(values, **dict(dtype=self.dtype, device=self.device) | options)
+
+    torch.tensor, torch.as_tensor, torch.inference_mode = (
+        _by_way_of_the_host(torch.tensor),
+        _by_way_of_the_host(torch.as_tensor),
+        _no_inference,
+    )
+    torch.Tensor.new_tensor = lambda self, values, **options: torch.tensor(
+        values, **dict(dtype=self.dtype, device=self.device) | options
+    )
     own = core.choose_device
     for module in list(sys.modules.values()):
-        if getattr(module, "choose_device", None) is own: module.choose_device = lambda name="auto": own(name) if name == "cpu" else DEVICE
+        if getattr(module, "choose_device", None) is own:
+            module.choose_device = lambda name="auto": own(name) if name == "cpu" else DEVICE
     step = train.Loop.train_step
     def train_step(self, group):
         with watched() if self.step else contextlib.nullcontext(): step(self, group)
@@ -131,7 +181,8 @@ def run_notebook(name: str, **settings) -> None:
     for cell in json.loads((Path(__file__).parents[1] / "nbs" / f"{name}.ipynb").read_text())["cells"]:
         if cell["cell_type"] != "code": continue
         sources = ["".join(cell["source"])]
-        if "parameters" in cell["metadata"].get("tags", []): sources.append("\n".join(f"{k} = {v!r}" for k, v in settings.items()))
+        if "parameters" in cell["metadata"].get("tags", []):
+            sources.append("\n".join(f"{k} = {v!r}" for k, v in settings.items()))
         for source in sources: shell.run_cell(source, store_history=True).raise_error()
 
 if __name__ == "__main__":

@@ -22,15 +22,24 @@ def loss(self, batch, step, real=t.Classify.loss):
 t.Classify.loss = loss
 """
 # root may write anywhere: give up that right (CAP_DAC_OVERRIDE), then start Python again
-AS_OTHERS = ["-c", "import ctypes, os, sys; ctypes.CDLL(None).prctl(24, 1, 0, 0, 0); os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"]
+AS_OTHERS = [
+    "-c",
+    "import ctypes, os, sys; ctypes.CDLL(None).prctl(24, 1, 0, 0, 0); "
+    "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])",
+]
+
 
 @pytest.fixture(scope="module")
 def played(tmp_path_factory):
     "One finished run, and the same one broken off at its third checkpoint by a full disk; runs/ did not exist before."
     root = tmp_path_factory.mktemp("errors")
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in dict(DKD_ROOT=str(root), IN_TEST="1", OMP_WAIT_POLICY="passive").items(): patch.setenv(name, value)
-        whole, stopped = train(run_name="whole", **SETTINGS), train(DISK_FULL.format(n=3, size=200_000), run_name="stopped", **SETTINGS)
+        for name, value in dict(DKD_ROOT=str(root), IN_TEST="1", OMP_WAIT_POLICY="passive").items():
+            patch.setenv(name, value)
+        whole, stopped = (
+            train(run_name="whole", **SETTINGS),
+            train(DISK_FULL.format(n=3, size=200_000), run_name="stopped", **SETTINGS),
+        )
     assert whole.returncode == 0, whole.stderr[-2000:]
     return root, stopped
 
@@ -40,7 +49,11 @@ def runs(played, lab) -> Path:
     shutil.copytree(played[0] / "runs", lab / "runs")
     return lab / "runs"
 
-def contents(folder: Path) -> dict: return {str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.rglob("*") if p.is_file()}
+def contents(folder: Path) -> dict:
+    return {
+        str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.rglob("*") if p.is_file()
+    }
+
 
 def refused(runs: Path, patch: str = "", **settings) -> str:
     "The one line with which a training ends that must not work."
@@ -58,7 +71,12 @@ def finishes_like_the_whole(runs: Path) -> bool:
 def test_disk_full_loses_nothing_that_was_saved(played, runs):
     from drifting_kd.checkpoints import load_checkpoint
     stopped, checkpoints = played[1], runs / "stopped/checkpoints"
-    assert not (runs / "stopped/metrics.json").exists() and sorted(p.name for p in checkpoints.iterdir()) == ["best.pt", "last.pt", "step_00000006.pt", "step_00000012.pt"]
+    assert not (runs / "stopped/metrics.json").exists() and sorted(p.name for p in checkpoints.iterdir()) == [
+        "best.pt",
+        "last.pt",
+        "step_00000006.pt",
+        "step_00000012.pt",
+    ]
     assert load_checkpoint(checkpoints / "last.pt")["step"] == 12
     assert finishes_like_the_whole(runs)
     assert stopped.returncode == 1 and len(stopped.stderr.splitlines()) == 1, stopped.stderr[-3000:]
@@ -78,11 +96,17 @@ def test_runs_is_not_writable(runs):
     before = contents(runs)
     runs.chmod(0o555)
     try:
-        probe = subprocess.run([sys.executable, *AS_OTHERS, "-c", f"open({str(runs / 'probe')!r}, 'w')"], capture_output=True, timeout=60)
+        probe = subprocess.run(
+            [sys.executable, *AS_OTHERS, "-c", f"open({str(runs / 'probe')!r}, 'w')"], capture_output=True, timeout=60
+        )
         if probe.returncode == 0: pytest.skip("this user writes anywhere and cannot give that up")
         done = train(launcher=AS_OTHERS, run_name="new", **SETTINGS)
     finally: runs.chmod(0o755)
-    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1 and f"cannot write to {runs / 'new'} (Permission denied)" in done.stderr, done.stderr[-3000:]
+    assert (
+        done.returncode == 1
+        and len(done.stderr.splitlines()) == 1
+        and f"cannot write to {runs / 'new'} (Permission denied)" in done.stderr
+    ), done.stderr[-3000:]
     assert contents(runs) == before
 
 def test_resume_of_another_configuration_names_what_differs(runs):
@@ -96,7 +120,9 @@ def test_truncated_checkpoint_is_named_and_an_earlier_one_continues(runs):
     os.truncate(checkpoints / "last.pt", (checkpoints / "last.pt").stat().st_size // 2)
     line = refused(runs, run_name="stopped", resume=True)
     assert f"checkpoint {checkpoints / 'last.pt'} is truncated" in line and "another of the run's checkpoints" in line
-    assert {k: v for k, v in contents(checkpoints).items() if k != "last.pt"} == {k: v for k, v in before.items() if k != "last.pt"}
+    assert {k: v for k, v in contents(checkpoints).items() if k != "last.pt"} == {
+        k: v for k, v in before.items() if k != "last.pt"
+    }
     shutil.copyfile(checkpoints / "step_00000006.pt", checkpoints / "last.pt")  # what the message advises
     assert finishes_like_the_whole(runs)
 
@@ -105,7 +131,10 @@ class Touch:
     def __init__(self, path: Path): self.path = path
     def __reduce__(self): return os.mkdir, (str(self.path),)
 
-@pytest.mark.parametrize("form, words", [("checkpoint", "refused, nothing in it was run"), ("plain pickle", "was not written by this package")])
+@pytest.mark.parametrize(
+    "form, words",
+    [("checkpoint", "refused, nothing in it was run"), ("plain pickle", "was not written by this package")],
+)
 def test_checkpoint_that_executes_code_is_refused(runs, form, words):
     import torch
     last, planted = runs / "stopped/checkpoints/last.pt", runs.parent / "planted"
@@ -121,9 +150,17 @@ def test_checkpoint_of_another_run_is_refused(runs):
     own = torch.load(last, weights_only=True)
     shutil.copyfile(runs / "whole/final_model.pt", last)
     assert "holds weights only" in refused(runs, run_name="stopped", resume=True)
-    for other, words in ((own | {"config": own["config"] | {"optimizer": "sgd"}}, "is of another run: optimizer (there 'sgd', here 'adamw')"),
-                         (own | {"model": {k.replace("head", "tail"): v for k, v in own["model"].items()}}, "does not fit this network and optimiser"),
-                         (own | {"loop": own["loop"] | {"processes": 2}}, "was trained by 2 processes and here there are 1")):
+    for other, words in (
+        (
+            own | {"config": own["config"] | {"optimizer": "sgd"}},
+            "is of another run: optimizer (there 'sgd', here 'adamw')",
+        ),
+        (
+            own | {"model": {k.replace("head", "tail"): v for k, v in own["model"].items()}},
+            "does not fit this network and optimiser",
+        ),
+        (own | {"loop": own["loop"] | {"processes": 2}}, "was trained by 2 processes and here there are 1"),
+    ):
         torch.save(other, last)
         line = refused(runs, run_name="stopped", resume=True)
         assert words in line and (str(last) in line or "processes" in line) and config.exists()
@@ -146,12 +183,29 @@ def test_not_finite_names_the_step_and_the_checkpoint(runs):
     last = runs / "nan/checkpoints/last.pt"
     assert f"not finite at step 14; the last good checkpoint is {last} (step 12)" in line and "smaller lr" in line
     kept = load_checkpoint(last)
-    assert kept["step"] == 12 and all(v.isfinite().all() for v in kept["model"].values()) and not (runs / "nan/metrics.json").exists()
+    assert (
+        kept["step"] == 12
+        and all(v.isfinite().all() for v in kept["model"].values())
+        and not (runs / "nan/metrics.json").exists()
+    )
 
-@pytest.mark.parametrize("name, value, words", [("run_name", "../outside", "a run stays inside runs/"), ("dataset", "digts", "did you mean 'digits'"), ("model", "resnet9", "did you mean 'resnet"),
-                                                ("optimizer", "adamww", "did you mean 'adamw'"), ("batch_size", -1, "expected at least 1"), ("epochs", 10**9, "expected between 1 and")])
+
+@pytest.mark.parametrize(
+    "name, value, words",
+    [
+        ("run_name", "../outside", "a run stays inside runs/"),
+        ("dataset", "digts", "did you mean 'digits'"),
+        ("model", "resnet9", "did you mean 'resnet"),
+        ("optimizer", "adamww", "did you mean 'adamw'"),
+        ("batch_size", -1, "expected at least 1"),
+        ("epochs", 10**9, "expected between 1 and"),
+    ],
+)
 def test_bad_values_are_refused_before_anything_is_written(runs, name, value, words):
     before, folders = contents(runs.parent), sorted(runs.rglob("*/"))
     line = refused(runs, **{name: value})
     assert repr(value) in line and words in line
-    assert contents(runs.parent) == before and (sorted(runs.rglob("*/")), list(runs.parent.iterdir())) == (folders, [runs])
+    assert contents(runs.parent) == before and (sorted(runs.rglob("*/")), list(runs.parent.iterdir())) == (
+        folders,
+        [runs],
+    )

@@ -1,4 +1,5 @@
-"The notebooks' form, and train.ipynb as its users run it: papermill from any folder, with and without an output path, and twice in one kernel."
+"The notebooks' form, and train.ipynb as its users run it: from any folder, with and without output, and twice in one kernel."
+
 import ast, dataclasses, dis, importlib, json, os, re, subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -39,14 +40,21 @@ def test_every_notebook_is_clean_and_small(path):
 
 @each("path", NOTEBOOKS)
 def test_no_cell_is_longer_than_a_screen(path):
-    code = [source.splitlines() for c, source in cells(path)
-            if c["cell_type"] == "code" and "parameters" not in c["metadata"].get("tags", [])]  # that one is as long as its family
+    code = [
+        source.splitlines()
+        for c, source in cells(path)
+        if c["cell_type"] == "code" and "parameters" not in c["metadata"].get("tags", [])
+    ]  # that one is as long as its family
     long = {lines[1]: len(lines) for lines in code if len(lines) > 60}
     assert not long, f"{path.name}: {long}"
 
 @each("path", LIBRARY)
 def test_library_notebook_exports_its_module(path):
-    assert any(f"#| default_exp {path.stem[3:]}" in source.splitlines() for _, source in cells(path)) and (ROOT / "drifting_kd" / f"{path.stem[3:]}.py").exists()
+    assert (
+        any(f"#| default_exp {path.stem[3:]}" in source.splitlines() for _, source in cells(path))
+        and (ROOT / "drifting_kd" / f"{path.stem[3:]}.py").exists()
+    )
+
 
 ROOMS = """core run track metrics sources data plots models checkpoints generators images extractors fid optim loop train classify analysis
 report drift encoders generate drifting kd features teachers distill judges scores evaluate sweep cli""".split()
@@ -72,7 +80,9 @@ def test_experiment_notebook_declares_its_configuration(path):
     assert every[0][0]["cell_type"] == "raw" and "skip_exec: true" in every[0][1].splitlines()
     assert not any(re.search(r"^#\|\s*(export|default_exp)", source, re.M) or c.get("outputs") for c, source in every)
     assert "watch_parameters(globals())" in every[place - 1][1] and "guard.read(" in every[place + 1][1]
-    lines = [line for line in every[place][1].splitlines() if line.strip() and not line.startswith("#")]  # headings stand alone
+    lines = [
+        line for line in every[place][1].splitlines() if line.strip() and not line.startswith("#")
+    ]  # headings stand alone
     declared = [(n.target.id, n.annotation.id, ast.literal_eval(n.value)) for n in ast.parse(every[place][1]).body]
     fields = dataclasses.fields(config_of(path))
     assert by_name(declared) == by_name((f.name, getattr(f.type, "__name__", f.type), f.default) for f in fields)
@@ -81,7 +91,9 @@ def test_experiment_notebook_declares_its_configuration(path):
 
 @each("path", EXPERIMENTS)
 def test_papermill_lists_every_parameter(path):
-    listed = [(p["name"], p["inferred_type_name"]) for p in papermill.inspect_notebook(path).values()]  # what --help-notebook prints
+    listed = [
+        (p["name"], p["inferred_type_name"]) for p in papermill.inspect_notebook(path).values()
+    ]  # what --help-notebook prints
     fields = dataclasses.fields(config_of(path))
     assert by_name(listed) == by_name((f.name, getattr(f.type, "__name__", f.type)) for f in fields)
 
@@ -90,7 +102,9 @@ def test_preset_is_accepted_and_says_what_to_expect(path):
     text = path.read_text(encoding="utf-8")
     source, command, expected = text.splitlines()[:3]
     assert re.match(r"# \w", source) and len(source) > 40
-    assert (called := re.match(r"# command: +papermill (nbs/\w+\.ipynb) runs/\S+\.ipynb -f (\S+)", command)) and called[2] == f"nbs/configs/{path.name}"
+    assert (called := re.match(r"# command: +papermill (nbs/\w+\.ipynb) runs/\S+\.ipynb -f (\S+)", command)) and called[
+        2
+    ] == f"nbs/configs/{path.name}"
     assert re.match(r"# expected: +\S", expected)
     settings = yaml.safe_load(text)
     cfg = config_of(ROOT / called[1])(**settings)  # names, types and ranges
@@ -124,35 +138,73 @@ def ran(tmp_path_factory):
     roots = {name: base / name for name in ("good", "twice", "misspelt", "type", "tag")}
     for name, root in roots.items(): retag(root, tagged=name != "tag")
     (base / "elsewhere").mkdir()
-    env = {k: v for k, v in os.environ.items() if k not in ("DKD_ROOT", "IN_TEST")} | dict(OMP_NUM_THREADS="1", OMP_WAIT_POLICY="passive", MPLBACKEND="agg")
-    def papermill(*words, cwd=roots["good"], stdout=subprocess.PIPE, **more): return python("-m", "papermill", *words, *WORDS, cwd=cwd, stdout=stdout, env=env | more)
+    env = {k: v for k, v in os.environ.items() if k not in ("DKD_ROOT", "IN_TEST")} | dict(
+        OMP_NUM_THREADS="1", OMP_WAIT_POLICY="passive", MPLBACKEND="agg"
+    )
+
+    def papermill(*words, cwd=roots["good"], stdout=subprocess.PIPE, **more):
+        return python("-m", "papermill", *words, *WORDS, cwd=cwd, stdout=stdout, env=env | more)
+
     def piped():
-        with open(base / "out.ipynb", "w") as out: return papermill("train.ipynb", "-p", "run_name", "nbs", cwd=roots["good"] / "nbs", stdout=out)
+        with open(base / "out.ipynb", "w") as out:
+            return papermill("train.ipynb", "-p", "run_name", "nbs", cwd=roots["good"] / "nbs", stdout=out)
+
     def refused(name, *words): return papermill("nbs/train.ipynb", base / f"{name}.ipynb", *words, cwd=roots[name])
-    jobs = dict(root=lambda: papermill("nbs/train.ipynb", base / "root.ipynb", "-p", "run_name", "root"), nbs=piped,
-                elsewhere=lambda: papermill(roots["good"] / "nbs/train.ipynb", "deep.ipynb", "-p", "run_name", "elsewhere", cwd=base / "elsewhere", DKD_ROOT=str(roots["good"])),
-                twice=lambda: python("-c", TWICE, "".join(f"\n{k} = {v!r}" for k, v in TINY.items()), cwd=roots["twice"], env=env),
-                misspelt=lambda: refused("misspelt", "-p", "optimiser", "adamw"), type=lambda: refused("type", "-p", "resume", "false"), tag=lambda: refused("tag"))
+    jobs = dict(
+        root=lambda: papermill("nbs/train.ipynb", base / "root.ipynb", "-p", "run_name", "root"),
+        nbs=piped,
+        elsewhere=lambda: papermill(
+            roots["good"] / "nbs/train.ipynb",
+            "deep.ipynb",
+            "-p",
+            "run_name",
+            "elsewhere",
+            cwd=base / "elsewhere",
+            DKD_ROOT=str(roots["good"]),
+        ),
+        twice=lambda: python(
+            "-c", TWICE, "".join(f"\n{k} = {v!r}" for k, v in TINY.items()), cwd=roots["twice"], env=env
+        ),
+        misspelt=lambda: refused("misspelt", "-p", "optimiser", "adamw"),
+        type=lambda: refused("type", "-p", "resume", "false"),
+        tag=lambda: refused("tag"),
+    )
     with ThreadPoolExecutor(2) as pool: done = {name: pool.submit(job) for name, job in jobs.items()}
     return base, {name: future.result() for name, future in done.items()}
 
-@pytest.mark.parametrize("place, output", [("root", "root.ipynb"), ("nbs", "out.ipynb"), ("elsewhere", "elsewhere/deep.ipynb")])
+@pytest.mark.parametrize(
+    "place, output", [("root", "root.ipynb"), ("nbs", "out.ipynb"), ("elsewhere", "elsewhere/deep.ipynb")]
+)
 def test_papermill_from_any_folder_with_or_without_output(ran, place, output):
     base, done = ran
     assert done[place].returncode == 0, done[place].stderr[-2000:]
     run, first = base / "good/runs" / place, base / "good/runs/root"
     assert json.loads((run / "metrics.json").read_text())["run"] == place
     assert losses(run) and losses(run) == losses(first) and same_weights(run, first)
-    assert {p.relative_to(run) for p in run.rglob("*")} == {p.relative_to(first) for p in first.rglob("*")} and (run / "figures/curves.png").exists()
-    assert str(run) in "".join("".join(o.get("text", "")) for c, _ in cells(base / output) for o in c.get("outputs", []))  # the notebook says where it went
+    assert {p.relative_to(run) for p in run.rglob("*")} == {p.relative_to(first) for p in first.rglob("*")} and (
+        run / "figures/curves.png"
+    ).exists()
+    assert str(run) in "".join(
+        "".join(o.get("text", "")) for c, _ in cells(base / output) for o in c.get("outputs", [])
+    )  # the notebook says where it went
+
 
 def test_nothing_lands_where_the_caller_stands(ran):
     base, _ = ran
     assert [p.name for p in (base / "elsewhere").iterdir()] == ["deep.ipynb"]
-    assert sorted(p.name for p in (base / "good").iterdir()) == ["nbs", "runs"] and [p.name for p in (base / "good/nbs").iterdir()] == ["train.ipynb"]
+    assert sorted(p.name for p in (base / "good").iterdir()) == ["nbs", "runs"] and [
+        p.name for p in (base / "good/nbs").iterdir()
+    ] == ["train.ipynb"]
 
-@pytest.mark.parametrize("mistake, message", [("misspelt", "unknown parameter 'optimiser'; did you mean 'optimizer'"), ("type", "resume='false' (str): expected True or False"),
-                                              ("tag", "epochs, eval_every, limit, log_every, threads, tracker had a value before the parameters cell")])
+
+@pytest.mark.parametrize(
+    "mistake, message",
+    [
+        ("misspelt", "unknown parameter 'optimiser'; did you mean 'optimizer'"),
+        ("type", "resume='false' (str): expected True or False"),
+        ("tag", "epochs, eval_every, limit, log_every, threads, tracker had a value before the parameters cell"),
+    ],
+)
 def test_mistakes_are_refused(ran, mistake, message):
     base, done = ran
     assert done[mistake].returncode != 0 and message in done[mistake].stderr, done[mistake].stderr[-2000:]
@@ -163,11 +215,22 @@ def test_twice_in_one_kernel_makes_two_runs(ran):
     assert done["twice"].returncode == 0, done["twice"].stderr[-2000:]
     first, second = sorted(base.glob("twice/runs/*/metrics.json"))
     assert second.parent.name == first.parent.name + "-2"
-    assert losses(first.parent) == losses(second.parent) == losses(base / "good/runs/root") and same_weights(first.parent, second.parent)
+    assert losses(first.parent) == losses(second.parent) == losses(base / "good/runs/root") and same_weights(
+        first.parent, second.parent
+    )
+
 
 @each("path", EXPERIMENTS)
 def test_no_cell_takes_the_name_of_a_parameter(path):
     "Running the cells again would read it as a given value."
     place, names = place_of_tag(path), {f.name for f in dataclasses.fields(config_of(path))}
     for c, source in cells(path)[place + 1:]:
-        if c["cell_type"] == "code": assert not (taken := {i.argval for i in dis.get_instructions(compile(source, path.name, "exec")) if i.opname == "STORE_NAME"} & names), taken
+        if c["cell_type"] == "code":
+            assert not (
+                taken := {
+                    i.argval
+                    for i in dis.get_instructions(compile(source, path.name, "exec"))
+                    if i.opname == "STORE_NAME"
+                }
+                & names
+            ), taken

@@ -3,12 +3,35 @@ import json, signal, socket, subprocess, sys
 import pytest
 from conftest import losses, same_weights, train, weights
 
-NO_BATCHNORM = "import drifting_kd.classify as t, torch; create = t.create_model\ndef plain(*a, **k):\n    m = create(*a, **k)\n    for x in m.modules():\n        for n, c in x.named_children():\n            if isinstance(c, torch.nn.BatchNorm2d): setattr(x, n, torch.nn.Identity())\n    return m\nt.create_model = plain"
+NO_BATCHNORM = """
+import drifting_kd.classify as t, torch
+create = t.create_model
+def plain(*a, **k):
+    m = create(*a, **k)
+    for x in m.modules():
+        for n, c in x.named_children():
+            if isinstance(c, torch.nn.BatchNorm2d): setattr(x, n, torch.nn.Identity())
+    return m
+t.create_model = plain
+"""
+
+
+
 def two_processes() -> list[str]:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = s.getsockname()[1]
-    return ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_addr", "127.0.0.1", "--master_port", str(port)]
+    return [
+        "-m",
+        "torch.distributed.run",
+        "--nproc_per_node",
+        "2",
+        "--master_addr",
+        "127.0.0.1",
+        "--master_port",
+        str(port),
+    ]
+
 
 def differences(a, b) -> list[float]:
     "The largest relative difference of each logged step: rounding at first, then what ReLU and BatchNorm make of it."
@@ -18,12 +41,20 @@ def differences(a, b) -> list[float]:
 
 def summary(run) -> dict: return json.loads((run / "metrics.json").read_text())
 
-AT_EXIT = "import atexit, torch\natexit.register(lambda: print('still in a group' if torch.distributed.is_initialized() else 'on its own', flush=True))\n"  # runs after what is registered later
+# runs after what is registered later
+AT_EXIT = """import atexit, torch
+def say(): print('still in a group' if torch.distributed.is_initialized() else 'on its own', flush=True)
+atexit.register(say)
+"""
+
 
 @pytest.mark.parametrize("patch", [NO_BATCHNORM, ""], ids=["without BatchNorm", "with BatchNorm"])
 def test_two_processes_are_one(lab, patch):
     settings = dict(epochs=2, log_every=1, lr=0.02)
-    one, two = train(patch, run_name="one", **settings), train(AT_EXIT + patch, two_processes(), run_name="two", **settings)
+    one, two = (
+        train(patch, run_name="one", **settings),
+        train(AT_EXIT + patch, two_processes(), run_name="two", **settings),
+    )
     assert one.returncode == 0 and two.returncode == 0, two.stderr[-3000:]
     assert two.stdout.count("on its own") == 2, two.stdout[-500:]  # a group that outlives Python may abort it
     a, b = lab / "runs/one", lab / "runs/two"
@@ -31,9 +62,14 @@ def test_two_processes_are_one(lab, patch):
     gaps = differences(losses(a), losses(b))
     assert len(gaps) == 12 + 2 and max(gaps[:3]) < 1e-4 and max(gaps) < 1e-2, gaps
     for name in ("running_mean", "running_var"):
-        for key in (k for k in weights(a) if k.endswith(name)): assert (weights(a)[key] - weights(b)[key]).abs().max() < 1e-3
-    for key, tolerance in (("test/accuracy", 0.02), ("val/loss", 1e-2)): assert abs(summary(a)[key] - summary(b)[key]) < tolerance # metrics cover all ranks
-    assert [p.name for p in (lab / "runs").iterdir() if p.is_dir() and p.name.startswith("two")] == ["two"] # one rank makes the folder
+        for key in (k for k in weights(a) if k.endswith(name)):
+            assert (weights(a)[key] - weights(b)[key]).abs().max() < 1e-3
+    for key, tolerance in (("test/accuracy", 0.02), ("val/loss", 1e-2)):
+        assert abs(summary(a)[key] - summary(b)[key]) < tolerance  # metrics cover all ranks
+    assert [p.name for p in (lab / "runs").iterdir() if p.is_dir() and p.name.startswith("two")] == [
+        "two"
+    ]  # one rank makes the folder
+
 
 def test_processes_parameter(lab):
     "The same from one process that launches the others, as a notebook does."
@@ -43,18 +79,42 @@ def test_processes_parameter(lab):
     assert summary(lab / "runs/two")["processes"] == 2
     gaps = differences(losses(lab / "runs/one"), losses(lab / "runs/two"))
     assert max(gaps[:2]) < 1e-5 and max(gaps) < 1e-2, gaps  # of each layer, too
-    one, two = ({k: v for _, line in losses(lab / "runs" / name) for k, v in line.items() if k.startswith("val/activation_rms/")} for name in ("one", "two"))
-    assert "val/activation_rms/conv1" in one and one.keys() == two.keys() and all(abs(one[k] - two[k]) < 1e-2 * one[k] for k in one)  # each process saw its share of the images
+    one, two = (
+        {
+            k: v
+            for _, line in losses(lab / "runs" / name)
+            for k, v in line.items()
+            if k.startswith("val/activation_rms/")
+        }
+        for name in ("one", "two")
+    )
+    assert (
+        "val/activation_rms/conv1" in one
+        and one.keys() == two.keys()
+        and all(abs(one[k] - two[k]) < 1e-2 * one[k] for k in one)
+    )  # each process saw its share of the images
+
 
 def test_two_processes_killed_and_resumed(lab):
     "Between two log lines: the half-full window of both goes on."
-    die = "import os, signal\nimport drifting_kd.classify as t\ndef after_step(self, step):\n    if step == 8: os.killpg(0, signal.SIGKILL)\nt.Classify.after_step = after_step"
+    die = """import os, signal
+import drifting_kd.classify as t
+def after_step(self, step):
+    if step == 8: os.killpg(0, signal.SIGKILL)
+t.Classify.after_step = after_step"""
     settings = dict(processes=2, epochs=2, log_every=4, save_every=1)
     whole, killed = train(run_name="whole", **settings), train(die, run_name="killed", **settings)
-    assert whole.returncode == 0 and killed.returncode == -signal.SIGKILL and not (lab / "runs/killed/metrics.json").exists()
+    assert (
+        whole.returncode == 0
+        and killed.returncode == -signal.SIGKILL
+        and not (lab / "runs/killed/metrics.json").exists()
+    )
     resumed = train(run_name="killed", resume=True, **settings)
     assert resumed.returncode == 0 and "after step 6 " in resumed.stdout, resumed.stderr[-2000:]
-    assert losses(lab / "runs/whole") == losses(lab / "runs/killed") and same_weights(lab / "runs/whole", lab / "runs/killed")
+    assert losses(lab / "runs/whole") == losses(lab / "runs/killed") and same_weights(
+        lab / "runs/whole", lab / "runs/killed"
+    )
+
 
 JOINED = """
 import torch, torch.distributed as dist
@@ -72,21 +132,27 @@ a, b = x.clone().requires_grad_(), half(x).clone().requires_grad_()
 for _ in range(2): whole, part = one(a), own(b)
 (whole * upstream).sum().backward(), (part * half(upstream)).sum().backward()
 for p in own.parameters(): dist.all_reduce(p.grad)
-pairs = [(part, half(whole)), (b.grad, half(a.grad)), (own.weight.grad, one.weight.grad), (own.bias.grad, one.bias.grad)]
-pairs += [(own.running_mean, one.running_mean), (own.running_var, one.running_var), (own.num_batches_tracked, one.num_batches_tracked), (own.eval()(b), half(one.eval()(a)))]
+pairs = [(part, half(whole)), (b.grad, half(a.grad))]
+pairs += [(own.weight.grad, one.weight.grad), (own.bias.grad, one.bias.grad)]
+pairs += [(own.running_mean, one.running_mean), (own.running_var, one.running_var)]
+pairs += [(own.num_batches_tracked, one.num_batches_tracked), (own.eval()(b), half(one.eval()(a)))]
 for mine, theirs in pairs: assert_close(mine, theirs, atol=1e-6, rtol=1e-5)
 """
 
 def test_global_batchnorm_is_batchnorm_of_the_joined_batch(tmp_path):
     (tmp_path / "joined.py").write_text(JOINED)
-    done = subprocess.run([sys.executable, *two_processes(), str(tmp_path / "joined.py")], capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, *two_processes(), str(tmp_path / "joined.py")], capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0, done.stderr[-3000:]
 
 def test_a_batchnorm_that_cannot_be_shared_is_refused():
     import torch
     from drifting_kd.processes import globalize_batchnorm
     for odd in (dict(affine=False), dict(momentum=None), dict(track_running_stats=False)):
-        with pytest.raises(ValueError, match="use processes=1"): globalize_batchnorm(torch.nn.BatchNorm2d(2, **odd), torch.device("cpu"))
+        with pytest.raises(ValueError, match="use processes=1"):
+            globalize_batchnorm(torch.nn.BatchNorm2d(2, **odd), torch.device("cpu"))
+
 
 BESIDE = NO_BATCHNORM + """
 class Classify(t.Classify):
@@ -106,7 +172,10 @@ def test_parameters_beside_the_model_are_averaged(lab):
     for name, processes in (("one", 1), ("two", 2)):
         done = train(BESIDE, run_name=name, processes=processes, epochs=1, lr=0.1, schedule="none")
         assert done.returncode == 0, done.stderr[-2000:]
-    one, two = (torch.load(lab / "runs" / n / "checkpoints/last.pt", weights_only=True)["task"]["state"]["head"] for n in ("one", "two"))
+    one, two = (
+        torch.load(lab / "runs" / n / "checkpoints/last.pt", weights_only=True)["task"]["state"]["head"]
+        for n in ("one", "two")
+    )
     assert (one["weight"] - torch.eye(10)).abs().max() > 1e-3 and all((one[k] - two[k]).abs().max() < 1e-5 for k in one)
 
 def test_a_batch_that_does_not_divide_is_refused(lab):
@@ -115,8 +184,15 @@ def test_a_batch_that_does_not_divide_is_refused(lab):
 
 def test_what_stops_a_child_is_one_line(lab):
     "Also with three processes, whose shares of an evaluation differ."
-    nan = "import drifting_kd.classify as t; real = t.Classify.loss\ndef loss(self, batch, step):\n    l, m = real(self, batch, step)\n    return l * (float('nan') if step == 4 else 1), m\nt.Classify.loss = loss"
+    nan = """import drifting_kd.classify as t
+real = t.Classify.loss
+def loss(self, batch, step):
+    l, m = real(self, batch, step)
+    return l * (float('nan') if step == 4 else 1), m
+t.Classify.loss = loss"""
     out = train(nan, run_name="nan", processes=2)
-    assert out.returncode == 1 and out.stderr.strip().splitlines()[-1].startswith("LabError: the loss or its gradient is not finite at step 4"), out.stderr[-2000:]
+    assert out.returncode == 1 and out.stderr.strip().splitlines()[-1].startswith(
+        "LabError: the loss or its gradient is not finite at step 4"
+    ), out.stderr[-2000:]
     three = train(run_name="three", processes=3, batch_size=51, epochs=1)
     assert three.returncode == 0 and summary(lab / "runs/three")["processes"] == 3, three.stderr[-2000:]

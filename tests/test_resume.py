@@ -39,7 +39,14 @@ def check(whole, resumed):
     "Weights, every logged number, the summary and the selected checkpoint: all as if nothing had happened."
     import torch
     assert same_weights(whole, resumed) and losses(whole) == losses(resumed)
-    a, b = ({k: v for k, v in json.loads((r / "metrics.json").read_text()).items() if k.startswith(("test/", "val/", "best_"))} for r in (whole, resumed))
+    a, b = (
+        {
+            k: v
+            for k, v in json.loads((r / "metrics.json").read_text()).items()
+            if k.startswith(("test/", "val/", "best_"))
+        }
+        for r in (whole, resumed)
+    )
     assert a == b
     assert torch.load(resumed / "checkpoints/best.pt", weights_only=True)["step"] == b["best_step"]
 
@@ -48,8 +55,16 @@ def finish(lab, name):
     assert out.returncode == 0, out.stderr
     return lab / "runs" / name
 
-@pytest.mark.parametrize("patch", [DIE_IN_SAVE.format(n=1), DIE_IN_SAVE.format(n=3), DIE_BEFORE_RENAME.format(name="best.pt"),
-                                   DIE_BEFORE_RENAME.format(name="metrics.json")], ids=["first save", "third save", "before best.pt", "before metrics.json"])
+@pytest.mark.parametrize(
+    "patch",
+    [
+        DIE_IN_SAVE.format(n=1),
+        DIE_IN_SAVE.format(n=3),
+        DIE_BEFORE_RENAME.format(name="best.pt"),
+        DIE_BEFORE_RENAME.format(name="metrics.json"),
+    ],
+    ids=["first save", "third save", "before best.pt", "before metrics.json"],
+)
 def test_killed_inside_a_write(lab, whole, patch):
     killed = train(patch, run_name="killed", **HARD)
     assert killed.returncode == -signal.SIGKILL and not (lab / "runs/killed/metrics.json").exists()
@@ -72,7 +87,8 @@ def test_killed_at_a_random_moment(lab, whole, seed):
     check(reference, resumed)
 
 def test_the_same_command_twice_gives_the_same_bits(lab):
-    for name, optimizer, fork in (("a", "adamw", True), ("b", "adamw", False), ("c", "sgd", True)): assert train(run_name=name, optimizer=optimizer, fork=fork).returncode == 0
+    for name, optimizer, fork in (("a", "adamw", True), ("b", "adamw", False), ("c", "sgd", True)):
+        assert train(run_name=name, optimizer=optimizer, fork=fork).returncode == 0
     a, b, c = (lab / "runs" / n for n in "abc")
     assert same_weights(a, b) and losses(a) == losses(b) and not same_weights(a, c)
 

@@ -1,4 +1,8 @@
-"python tests/train_once.py '{\"epochs\": 3}' [code]: one training in a process of its own; exit code 1 and one line on an error. \"family\": \"drift\" trains a generator, \"distill\" a student."
+"""One training in a process of its own: python tests/train_once.py '{"epochs": 3}' [code]
+
+Exit code 1 and one line on an error. "family": "drift" trains a generator, "distill" a student.
+"""
+
 import atexit, json, os, sys
 from drifting_kd.core import LabError
 from drifting_kd.train import fit, open_run
