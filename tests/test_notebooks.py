@@ -1,4 +1,4 @@
-"The notebooks' form, and train.ipynb as its users run it: from any folder, with and without output, and twice in one kernel."
+"The notebooks' form, and train.ipynb as users run it: from any folder, with and without output, twice in one kernel."
 
 import ast, dataclasses, dis, importlib, json, os, re, subprocess
 from concurrent.futures import ThreadPoolExecutor
@@ -56,8 +56,9 @@ def test_library_notebook_exports_its_module(path):
     )
 
 
-ROOMS = """core run track metrics sources data plots models checkpoints generators images extractors fid optim loop train classify analysis
-report drift encoders generate drifting kd features teachers distill judges scores evaluate sweep cli""".split()
+ROOMS = """core run track metrics sources data plots models checkpoints generators images extractors fid optim
+loop train classify analysis report drift encoders generate drifting kd features teachers distill
+judges scores evaluate sweep cli""".split()
 
 def test_rooms_stand_in_the_order_of_the_design():
     assert len(set(LEVEL.values())) == len(LIBRARY) and {p.stem for p in MODULES} == set(LEVEL)
