@@ -24,8 +24,8 @@ from .optim import make_optimizer, optimizer_settings
 from .loop import Best, Clock, FitConfig, Window, bar_text, log_line, progress_bar, run_summary
 
 # %% auto #0
-__all__ = ['DISK', 'Task', 'EMA', 'undisturbed', 'random_state', 'set_random_state', 'save_checkpoint', 'Loop', 'NotFinite',
-           'gpu_load', 'fit', 'open_run']
+__all__ = ['DISK', 'Task', 'told', 'EMA', 'undisturbed', 'random_state', 'set_random_state', 'save_checkpoint', 'Loop',
+           'NotFinite', 'gpu_load', 'fit', 'open_run']
 
 # %% ../nbs/32_train.ipynb #98fb6032
 class Task:
@@ -51,6 +51,11 @@ class Task:
     def facts(self) -> dict: return {}
     def state(self) -> dict: return {}
     def load_state(self, state: dict) -> None: "Take back what `state` gave."
+
+# %% ../nbs/32_train.ipynb #755ad2b8
+def told(facts: dict) -> dict:
+    "What of a task's facts belongs in a summary."
+    return {k: v for k, v in facts.items() if k not in ("mean", "std", "classes", "kind")}
 
 # %% ../nbs/32_train.ipynb #5f27aa0b
 @patch
@@ -389,7 +394,7 @@ def _window_state(self: Loop) -> dict:
                 since_best=self.best.since, seconds=self.clock.read(), scaler=self.scaler.state_dict(),
                 processes=self.world)
 
-# %% ../nbs/32_train.ipynb #06d32b4e
+# %% ../nbs/32_train.ipynb #05a5695c
 @patch
 def checkpoint(self: Loop) -> dict:
     "Everything that a continued run needs; on every process, since a task may gather its state."
@@ -398,7 +403,7 @@ def checkpoint(self: Loop) -> dict:
     return dict(model=self.model.state_dict(), ema=self.ema.model.state_dict() if self.ema else None,
                 optimizer=self.optimizer.state_dict(), task=facts | {"state": self.task.state()}, rng=random_state(),
                 config=plain(self.cfg), factory=spec["factory"], kwargs=spec["kwargs"], step=self.step,
-                epoch=self.step // self.cadence.epoch, metrics=plain(self.last_metrics | facts), loop=loop)
+                epoch=self.step // self.cadence.epoch, metrics=plain(self.last_metrics | told(facts)), loop=loop)
 
 # %% ../nbs/32_train.ipynb #944f5993
 @patch
@@ -535,7 +540,7 @@ def _test(self: Loop) -> tuple[dict, dict, dict]:
     model.load_state_dict(c["ema"] or c["model"])
     with undisturbed(model), self.autocast(): return last, self.task.evaluate(model, "test"), c["metrics"]
 
-# %% ../nbs/32_train.ipynb #bc279829
+# %% ../nbs/32_train.ipynb #aaed89ae
 @patch
 def _summary(self: Loop) -> dict:
     "What metrics.json will hold: results, times, sizes and the task's facts."
@@ -547,7 +552,7 @@ def _summary(self: Loop) -> dict:
                   model_name=model_name(self.model),
                   parameters=sum(p.numel() for p in self.model.parameters()),
                   checkpoint_path=f"checkpoints/{'best' if self.best.found else 'last'}.pt")
-    return found | {k: v for k, v in self.task.facts().items() if k != "kind"}  # a run has a kind of its own
+    return found | told(self.task.facts())
 
 # %% ../nbs/32_train.ipynb #63142d42
 @patch
