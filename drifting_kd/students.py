@@ -18,7 +18,8 @@ from .teachers import Teachers, halves, load_teacher, words_of_sources
 from .distill import votes
 
 # %% auto #0
-__all__ = ['student_data', 'student_part', 'opened_teachers', 'agreement', 'student_logits', 'keep_and_tell', 'evaluate_student']
+__all__ = ['student_data', 'student_part', 'opened_teachers', 'agreement', 'agreement_of', 'student_logits', 'keep_and_tell',
+           'evaluate_student']
 
 # %% ../nbs/57_students.ipynb #8cfd75bc
 def student_data(source, facts: dict, data_root: str = "") -> Dataset:
@@ -58,6 +59,18 @@ def agreement(logits: Tensor, teachers: Teachers, batches: Batches) -> float:
     said = votes(teachers.logits(b.x) for b in batches)[:, 0].cpu()
     return float((logits.argmax(1) == said).double().mean())
 
+# %% ../nbs/57_students.ipynb #adbd557b
+def agreement_of(source, logits: Tensor, facts: dict, words: list, rows: list[dict], batches: Batches, data: Dataset,
+                 device: str, must: bool) -> dict:
+    "The agreement with teachers; without them nothing, and a warning, unless they `must` be there."
+    dtype = torch.bfloat16 if facts["config"].get("precision") == "bf16" else torch.float32
+    try: teachers = opened_teachers(words, rows, data, device, dtype)
+    except LabError as e:
+        if must: raise
+        warnings.warn(f"{source}: no teacher agreement, because {e}", stacklevel=2)
+        teachers = None
+    return dict(teacher_agreement=agreement(logits, teachers, batches)) if teachers else {}
+
 # %% ../nbs/57_students.ipynb #052800a8
 def student_logits(file: Checkpoint, data: Dataset, batches: Batches, device: str) -> Tensor:
     "Logits of all batches, in the precision in which the run evaluated itself."
@@ -78,7 +91,7 @@ def keep_and_tell(file: Checkpoint, found: dict, facts: dict, tracker: str) -> N
     told = start_tracker(tracker, run, plain(c) | facts, job="evaluate")
     told.log(found, file.facts["step"]), told.summary(found), told.finish()
 
-# %% ../nbs/57_students.ipynb #58851582
+# %% ../nbs/57_students.ipynb #ee4e7470
 def evaluate_student(source,                # what `find` takes: a run, a checkpoint file or an artifact
                      split: str = "test",   # or val
                      teachers: str = "",    # to agree with; empty: those that the checkpoint names
@@ -95,13 +108,8 @@ def evaluate_student(source,                # what `find` takes: a run, a checkp
     logits = student_logits(file, data, batches, device)
     found = classification_metrics(logits.numpy(), part.labels.numpy())
     words, rows = words_of_sources(teachers) or task.get("teachers") or [], task.get("teacher_rows", [])
-    dtype = torch.bfloat16 if file.facts["config"].get("precision") == "bf16" else torch.float32
-    try:
-        if asked := opened_teachers(words, [] if teachers else rows, data, device, dtype):
-            found["teacher_agreement"] = agreement(logits, asked, batches)
-    except LabError as e:
-        if teachers: raise
-        warnings.warn(f"{source}: no teacher agreement, because {e}", stacklevel=2)
+    found |= agreement_of(source, logits, file.facts, words, [] if teachers else rows, batches, data, device,
+                          must=bool(teachers))
     found = {f"{split}/{k}": v for k, v in found.items()}
     keep_and_tell(file, found, dict(source=str(source), split=split, teachers=words), tracker)
     return found
