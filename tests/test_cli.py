@@ -5,10 +5,10 @@ import pytest
 from conftest import python
 
 SETUP = """from dataclasses import dataclass
-import drifting_kd.core
+import drifting_kd.run
 from drifting_kd.core import Config, param, watch_parameters
 from drifting_kd.run import Run
-drifting_kd.core.environment = lambda *given: {}  # without torch a kernel starts in half the time
+drifting_kd.run.environment = lambda *given: {}  # without torch a kernel starts in half the time
 
 @dataclass
 class ToyConfig(Config):

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from scipy import stats
 from conftest import ROOT, python
-from drifting_kd import core
+from drifting_kd import run as run_folder
 from drifting_kd.core import Config, environ, param
 from drifting_kd.run import Run
 
@@ -21,7 +21,7 @@ GAIN = {"sgd": [.93, .94, .95, .94], "adamw": [.95, .97, .96, .93], "lion": [.90
 def write_run(name: str, value: float, finish: bool = True, images: int = 30, environment: dict | None = None, **settings) -> None:
     "A run folder as training leaves it."
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(core, "environment", lambda *given: dict(processor="P", threads=1, packages=dict(torch="2")) | (environment or {}))  # the real one asks programs
+        patch.setattr(run_folder, "environment", lambda *given: dict(processor="P", threads=1, packages=dict(torch="2")) | (environment or {}))  # the real one asks programs
         run = Run(ToyConfig(run_name=name, tracker="none", **settings), "toy")
     for i in (1, 2, 3, 4):
         run.log({"train/loss": 1 / i - value / 10}, 10 * i, i)

@@ -4,10 +4,10 @@ import pytest
 from conftest import ROOT
 from drifting_kd.run import run_state
 
-TOY = '''import drifting_kd.core
+TOY = '''import drifting_kd.run
 from drifting_kd.core import Config, LabError, param, watch_parameters, write_json
 from drifting_kd.run import Run
-drifting_kd.core.environment = lambda *given: {}  # without torch a kernel starts in half the time
+drifting_kd.run.environment = lambda *given: {}  # without torch a kernel starts in half the time
 from dataclasses import dataclass
 import math, time
 @dataclass

@@ -7,10 +7,10 @@ SCRIPT = """
 import sys, time, warnings
 import numpy as np
 from dataclasses import dataclass
-import drifting_kd.core
+import drifting_kd.run
 from drifting_kd.core import Config, plain
 from drifting_kd.run import Run
-drifting_kd.core.environment = lambda *given: {}
+drifting_kd.run.environment = lambda *given: {}
 from drifting_kd.track import start_tracker
 name, resume = sys.argv[1], sys.argv[2] == "resume"
 run = Run(Config(run_name="a", tracker=name, project="toy", resume=resume), "toy")
