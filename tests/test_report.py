@@ -6,7 +6,7 @@ import pytest
 from scipy import stats
 from conftest import ROOT, python
 from drifting_kd import run as run_folder
-from drifting_kd.core import Config, environ, param
+from drifting_kd.core import Config, LabError, environ, param
 from drifting_kd.run import Run
 
 @dataclass
@@ -107,7 +107,7 @@ def play(root, **parameters):
     (dict(pattern="good-*", keys="test/acuracy"), "did you mean 'test/accuracy'"), (dict(pattern="good-*", curve_keys="val/acuracy"), "did you mean 'val/accuracy'"), (dict(pattern="good-*", target_key="val/acc", direction="max"), "unknown metric 'val/acc'"),
     (dict(pattern="good-*", reference="adam"), "did you mean 'adamw'"), (dict(pattern="good-*", by="optimiser"), "did you mean 'optimizer'"), (dict(pattern="good-*", name="a/b"), "expected letters"), (dict(patern="good-*"), "did you mean 'pattern'")])
 def test_refused_in_one_line(root, parameters, message):
-    with pytest.raises(core.LabError) as error: play(root, **dict(name="refused") | parameters)
+    with pytest.raises(LabError) as error: play(root, **dict(name="refused") | parameters)
     assert message in str(error.value) and "\n" not in str(error.value)
     assert not list((root / "figures").glob("refused*")) if (root / "figures").exists() else True
 
