@@ -20,7 +20,7 @@ __all__ = ['NOT_SETTINGS', 'ABSENT', 'JUDGED_BY', 'COUNTED', 'PAIRED', 'TIMES', 
            'find_runs', 'differences', 'group_runs', 'run_table', 'conditions', 'check_comparable', 'environment_facts',
            'environment_warnings', 'seed_values', 'summarise', 'interval_text', 'result_table', 'paired',
            'paired_table', 'to_target', 'best_values', 'default_target', 'target_table', 'target_text', 'describe_pair',
-           'cannot_conclude', 'write_report', 'ReportConfig']
+           'cannot_conclude', 'write_report', 'bullets', 'drawn_keys', 'target_in_words', 'flattered', 'ReportConfig']
 
 # %% ../nbs/35_report.ipynb #2c978f08
 @dataclass
@@ -507,6 +507,36 @@ def write_report(stem: str | Path, # folder and name without an ending; a plain 
     write_json(target, dict(**facts, tables=rows, runs=_run_rows(groups), environments=where, git=git_state(),
                             figures=[p.name for p in drawn.values()]))
     return [target, *drawn.values()]
+
+# %% ../nbs/35_report.ipynb #6e75611d
+def bullets(lines: list[str]) -> None:
+    "Show sentences as a list."
+    from IPython.display import Markdown, display
+    display(Markdown("\n".join(f"- {line}" for line in lines)))
+
+# %% ../nbs/35_report.ipynb #d477166d
+def drawn_keys(groups: dict, keys: str | list, by: str | tuple = ()) -> list[str]:
+    "The metrics to draw: `train/loss` becomes `train/accuracy` where methods differ."
+    keys, rows = split_words(keys), [row for runs in groups.values() for r in runs for row in r.lines]
+    same_loss = "method" not in {*split_words(by), *differences(groups, by)}
+    known = all("train/accuracy" in row for row in rows if "train/loss" in row)
+    return keys if same_loss or not known else ["train/accuracy" if k == "train/loss" else k for k in keys]
+
+# %% ../nbs/35_report.ipynb #c379f0ad
+def target_in_words(key: str, target: float, way: str, given: bool) -> str:
+    "What is to be reached, and where the number comes from."
+    why = "as given" if given else ("the median best value of the worst group, so at least half of the seeds of every "
+                                    "group reach it")
+    return f"target: {metric_words(key)} {'at least' if way == 'max' else 'at most'} {target:.6g}, {why}"
+
+# %% ../nbs/35_report.ipynb #aa7fcc81
+def flattered(table) -> list[str]:
+    "Groups some of whose seeds never reach the target, in a sentence."
+    late = [f"{row['group']} ({row['n'] - row['reached']} of {row['n']})" for _, row in table.iterrows()
+            if row["reached"] < row["n"]]
+    if not late: return []
+    return [f"Some seeds never reach the target: {', '.join(late)}. Their groups' times are those of the faster seeds "
+            "and flatter the group."]
 
 # %% ../nbs/35_report.ipynb #60d519b1
 @dataclass
