@@ -78,7 +78,8 @@ def test_arrows_point_one_way(path):
 @each("path", EXPERIMENTS)
 def test_experiment_notebook_declares_its_configuration(path):
     every, place = cells(path), place_of_tag(path)
-    assert every[0][0]["cell_type"] == "raw" and "skip_exec: true" in every[0][1].splitlines()
+    assert every[0][1].startswith("# ")  # nothing stands before the title
+    assert every[-1][0]["cell_type"] == "raw" and "skip_exec: true" in every[-1][1].splitlines()
     assert not any(re.search(r"^#\|\s*(export|default_exp)", source, re.M) or c.get("outputs") for c, source in every)
     assert "watch_parameters(globals())" in every[place - 1][1] and "guard.read(" in every[place + 1][1]
     lines = [
