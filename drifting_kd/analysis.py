@@ -12,7 +12,7 @@ from .core import LabError, generator, unknown
 from .data import Batches, Split
 from .models import layer_names, output_sizes, parameter_layers
 from .checkpoints import Frozen
-from .train import undisturbed
+from .keeping import undisturbed
 
 # %% auto #0
 __all__ = ['CORRUPTIONS', 'HISTORIES', 'judge_split', 'corrupt', 'robustness', 'weight_norms', 'gradient_norms', 'activation_rms',

@@ -20,7 +20,8 @@ from .plots import COLOURS, Picture, styled
 from .models import activations, known_layers
 from .checkpoints import find
 from .cache import HostBatches
-from .train import fit, undisturbed
+from .keeping import undisturbed
+from .train import fit
 from .classify import Classify, TrainConfig, classifier, prepare
 from .kd import Composition, METHODS, composition, distill_terms, gate, teacher_weights
 from .features import (

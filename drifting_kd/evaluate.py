@@ -25,7 +25,7 @@ from .checkpoints import Checkpoint, find_all
 from .extractors import as_extractor, slug
 from .fid import Score, load_stats
 from .variety import nearest
-from .train import undisturbed
+from .keeping import undisturbed
 from .classify import use_threads
 from .generate import captions, labels_like, part_of, used_sampling
 from .samples import Reference, Sampled, gathered, join_processes, reference_of, sample_stats

@@ -17,7 +17,7 @@ from .core import LabError, generator
 from .data import normalize
 from .models import model_name
 from .checkpoints import Checkpoint, find
-from .train import undisturbed
+from .keeping import undisturbed
 
 # %% auto #0
 __all__ = ['Solution', 'solution', 'checkpoint_at', 'Loss', 'loss_of', 'hessian_vector', 'Sharpness', 'sharpness',

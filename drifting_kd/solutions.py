@@ -18,7 +18,7 @@ from .data import Split
 from .models import (
     BATCHNORMS, BasicBlock, Bottleneck, CONVOLUTIONS, ResNet, activations, foldable, model_name)
 from .checkpoints import Frozen, find
-from .train import undisturbed
+from .keeping import undisturbed
 from .analysis import judge_split, weight_norms
 from .landscape import Loss, checkpoint_at, sharpness
 
