@@ -8,10 +8,18 @@ def asked(doc: str,   # the script's docstring
           out: str,   # name of the result in results/
           **options,  # name=default; a list takes several words, False is a switch
          ) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=doc.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=doc.splitlines()[0], formatter_class=argparse.ArgumentDefaultsHelpFormatter
+    )
     for name, default in options.items():
         several = isinstance(default, list)
-        how = dict(action="store_true") if default is False else dict(type=type(default[0] if several else default), default=default, **dict(nargs="+") if several else {})
+        how = (
+            dict(action="store_true")
+            if default is False
+            else dict(
+                type=type(default[0] if several else default), default=default, **dict(nargs="+") if several else {}
+            )
+        )
         parser.add_argument(f"--{name.replace('_', '-')}", help=" ", **how)
     parser.add_argument("--out", type=Path, default=RESULTS / out, help="where the result goes")
     args = parser.parse_args()

@@ -2,10 +2,14 @@
 
     python benchmarks/drift.py [--threads 1 2] [--repeats 1] [--out benchmarks/results/drift.json]
 
-The loop is what one writes first: for every class and every temperature one `cdist`, two softmaxes and the products, under no_grad. It gives the same field.
-All ways take turns on the same features, whose mean distance is 1, and CPU time is counted, so a busy machine hurts them alike; wall time is kept beside it.
-Memory (Linux): a fresh process makes the inputs, calls once at a tiny size (libraries take their own buffers), notes its resident memory, resets the kernel's
-high-water mark and runs once; extra is the new mark (VmHWM) less what was noted. So it counts the result, every temporary and what the allocator does not give back.
+The loop is what one writes first: for every class and every temperature one `cdist`, two softmaxes and the products,
+under no_grad. It gives the same field.
+All ways take turns on the same features, whose mean distance is 1, and CPU time is counted, so a busy machine hurts
+them alike; wall time is kept beside it.
+Memory (Linux): a fresh process makes the inputs, calls once at a tiny size (libraries take their own buffers), notes
+its resident memory, resets the kernel's
+high-water mark and runs once; extra is the new mark (VmHWM) less what was noted. So it counts the result, every
+temporary and what the allocator does not give back.
 (getrusage would not do: a process inherits its parent's mark.)
 `benchmarks/gpu.py --only drift` makes the table on a GPU, with `compiled_V` beside it.
 """
@@ -18,8 +22,18 @@ from drifting_kd.core import environment, generator, write_json
 from drifting_kd.drift import compiled_V, compute_V
 
 TEMPS = (.02, .05, .2)
-SIZES = {"256^2 x 512": (1, 256, 512, 24), "1024^2 x 512": (1, 1024, 512, 8), "2048^2 x 3072": (1, 2048, 3072, 3), "ten classes x (32, 32, 512)": (10, 32, 512, 100)}  # groups, N, D, turns
-MEMORY = {"2048^2 x 3072, loop": (2048, 3072, -1), "2048^2 x 3072": (2048, 3072, 0), "2048^2 x 3072, chunk 256": (2048, 3072, 256), "16384^2 x 512, chunk 256": (16384, 512, 256)}
+SIZES = {
+    "256^2 x 512": (1, 256, 512, 24),
+    "1024^2 x 512": (1, 1024, 512, 8),
+    "2048^2 x 3072": (1, 2048, 3072, 3),
+    "ten classes x (32, 32, 512)": (10, 32, 512, 100),
+}  # groups, N, D, turns
+MEMORY = {
+    "2048^2 x 3072, loop": (2048, 3072, -1),
+    "2048^2 x 3072": (2048, 3072, 0),
+    "2048^2 x 3072, chunk 256": (2048, 3072, 256),
+    "16384^2 x 512, chunk 256": (16384, 512, 256),
+}
 
 @torch.no_grad()
 def plain_loop(x: torch.Tensor, y_pos: torch.Tensor) -> torch.Tensor:
@@ -31,7 +45,9 @@ def plain_loop(x: torch.Tensor, y_pos: torch.Tensor) -> torch.Tensor:
             d[:, :n].fill_diagonal_(math.inf)
             A = (torch.softmax(-d / tau, 1) * torch.softmax(-d / tau, 0)).sqrt()
             negative, positive = A[:, :n], A[:, n:]
-            V[c] = negative.sum(1, keepdim=True) * (positive @ y_pos[c]) - positive.sum(1, keepdim=True) * (negative @ x[c])
+            V[c] = negative.sum(1, keepdim=True) * (positive @ y_pos[c]) - positive.sum(1, keepdim=True) * (
+                negative @ x[c]
+            )
         total += V / V.square().mean().sqrt()
     return total
 
@@ -60,7 +76,12 @@ def row(found: dict, clock: int, reference: str = "loop") -> dict:
     out = {name: {"ms": 1e3 * statistics.median(v), "fastest_ms": 1e3 * min(v)} for name, v in of.items()}
     for name in of:
         ratios = sorted(a / b for a, b in zip(of[reference], of[name]))
-        out[name] |= {"speedup": statistics.median(ratios), "speedup_min": ratios[0], "speedup_max": ratios[-1], "speedup_of_fastest": min(of[reference]) / min(of[name])}
+        out[name] |= {
+            "speedup": statistics.median(ratios),
+            "speedup_min": ratios[0],
+            "speedup_max": ratios[-1],
+            "speedup_of_fastest": min(of[reference]) / min(of[name]),
+        }
     return out
 
 def speed(threads: int, repeats: int) -> dict:
@@ -68,18 +89,36 @@ def speed(threads: int, repeats: int) -> dict:
     table = {}
     for name, (groups, n, dims, turns) in SIZES.items():
         x, p = clouds(groups, n, dims)
-        ways = {"loop": lambda: plain_loop(x, p), "compute_V": lambda: compute_V(x, p, temps=TEMPS), "compute_V, chunk": lambda: compute_V(x, p, temps=TEMPS, chunk=max(64, n // 8))}
+        ways = {
+            "loop": lambda: plain_loop(x, p),
+            "compute_V": lambda: compute_V(x, p, temps=TEMPS),
+            "compute_V, chunk": lambda: compute_V(x, p, temps=TEMPS, chunk=max(64, n // 8)),
+        }
         expected = plain_loop(x, p)
         difference = max(((ways[w]() - expected).norm() / expected.norm()).item() for w in ways)
         assert difference < 1e-4, (name, difference)
         found = in_turns(ways, turns * repeats)
-        table[name] = {"turns": turns * repeats, "relative_difference": difference, "cpu": row(found, 0), "wall": row(found, 1)}
+        table[name] = {
+            "turns": turns * repeats,
+            "relative_difference": difference,
+            "cpu": row(found, 0),
+            "wall": row(found, 1),
+        }
         ours = table[name]["cpu"]["compute_V"]
-        print(f"{threads} threads, {name:28} loop {table[name]['cpu']['loop']['ms']:8.2f}, compute_V {ours['ms']:8.2f} CPU-ms: {ours['speedup']:.2f}x ({ours['speedup_min']:.2f} to {ours['speedup_max']:.2f}; "
-              f"fastest turns {ours['speedup_of_fastest']:.2f}); chunk {table[name]['cpu']['compute_V, chunk']['speedup']:.2f}x; wall {table[name]['wall']['compute_V']['ms']:.2f} ms, {table[name]['wall']['compute_V']['speedup']:.2f}x; differs by {difference:.0e}", flush=True)
+        print(
+            f"{threads} threads, {name:28} loop {table[name]['cpu']['loop']['ms']:8.2f}, compute_V "
+            f"{ours['ms']:8.2f} CPU-ms: {ours['speedup']:.2f}x ({ours['speedup_min']:.2f} to "
+            f"{ours['speedup_max']:.2f}; "
+            f"fastest turns {ours['speedup_of_fastest']:.2f}); chunk "
+            f"{table[name]['cpu']['compute_V, chunk']['speedup']:.2f}x; wall "
+            f"{table[name]['wall']['compute_V']['ms']:.2f} ms, "
+            f"{table[name]['wall']['compute_V']['speedup']:.2f}x; differs by {difference:.0e}",
+            flush=True,
+        )
     return table
 
-def resident(which: str) -> int: return 1024 * int(re.search(rf"{which}:\s+(\d+)", Path("/proc/self/status").read_text())[1])
+def resident(which: str) -> int:
+    return 1024 * int(re.search(rf"{which}:\s+(\d+)", Path("/proc/self/status").read_text())[1])
 
 def extra_memory(n: int, dims: int, chunk: int) -> int:
     "Bytes beyond the inputs; for a process of its own. chunk -1 is the loop."
@@ -95,8 +134,13 @@ def memory() -> dict:
     table = {}
     for name, case in MEMORY.items():
         begun = time.perf_counter()
-        done = subprocess.run([sys.executable, __file__, "--memory-of", *map(str, case)], capture_output=True, text=True, check=True)
-        table[name] = {"extra_megabytes": int(done.stdout.split()[-1]) / 1e6, "wall_seconds": time.perf_counter() - begun}
+        done = subprocess.run(
+            [sys.executable, __file__, "--memory-of", *map(str, case)], capture_output=True, text=True, check=True
+        )
+        table[name] = {
+            "extra_megabytes": int(done.stdout.split()[-1]) / 1e6,
+            "wall_seconds": time.perf_counter() - begun,
+        }
         print(f"{name:28}{table[name]['extra_megabytes']:8.0f} MB beyond the inputs", flush=True)
     return table
 
@@ -105,14 +149,25 @@ def on_gpu(device: str, sizes: dict = SIZES | {"4096^2 x 512": (1, 4096, 512, 20
     cuda, table = device.startswith("cuda"), {}
     for name, (groups, n, dims, turns) in sizes.items():
         x, p = clouds(groups, n, dims, device)
-        ways = {"loop": lambda: plain_loop(x, p), "compute_V": lambda: compute_V(x, p, temps=TEMPS), "compiled_V": lambda: compiled_V(x, p, temps=TEMPS)}
+        ways = {
+            "loop": lambda: plain_loop(x, p),
+            "compute_V": lambda: compute_V(x, p, temps=TEMPS),
+            "compiled_V": lambda: compiled_V(x, p, temps=TEMPS),
+        }
         expected, peaks, difference = plain_loop(x, p), {}, {}
         for w in ways:
-            if cuda: torch.cuda.reset_peak_memory_stats(); before = torch.cuda.memory_allocated()
+            if cuda:
+                torch.cuda.reset_peak_memory_stats()
+                before = torch.cuda.memory_allocated()
             difference[w] = ((ways[w]() - expected).norm() / expected.norm()).item()
             if cuda: peaks[w] = (torch.cuda.max_memory_allocated() - before) / 1e6
         found = row(in_turns(ways, turns, torch.cuda.synchronize if cuda else lambda: None), 1)
-        table[name] = {"wall": found, "compiled_over_eager": found["compute_V"]["ms"] / found["compiled_V"]["ms"], "relative_difference": difference, "extra_megabytes": peaks}
+        table[name] = {
+            "wall": found,
+            "compiled_over_eager": found["compute_V"]["ms"] / found["compiled_V"]["ms"],
+            "relative_difference": difference,
+            "extra_megabytes": peaks,
+        }
         print(name, {w: f"{r['ms']:.2f} ms, {r['speedup']:.2f}x" for w, r in found.items()}, difference, flush=True)
     return table
 
@@ -126,7 +181,14 @@ def main() -> None:
     if args.memory_of:
         torch.set_num_threads(1)
         return print(extra_memory(*args.memory_of))
-    result = {"what": "the drifting field, three temperatures, beside a plain loop: CPU and wall time, memory beyond the inputs", "temps": TEMPS, **{f"threads_{t}": speed(t, args.repeats) for t in args.threads}, "memory": memory(), "environment": environment()}
+    result = {
+        "what": "the drifting field, three temperatures, beside a plain loop: CPU and wall time, "
+        "memory beyond the inputs",
+        "temps": TEMPS,
+        **{f"threads_{t}": speed(t, args.repeats) for t in args.threads},
+        "memory": memory(),
+        "environment": environment(),
+    }
     args.out.parent.mkdir(parents=True, exist_ok=True)
     write_json(args.out, result)
 

@@ -2,7 +2,8 @@
 
     python benchmarks/gpu.py [--epochs 200] [--only training determinism] [--out benchmarks/results/gpu.json]
 
-With `cifar10_jpeg.npz` or CIFAR-10 in DKD_DATA (or data/) the accuracies are real; without, images are random and only the times mean something.
+With `cifar10_jpeg.npz` or CIFAR-10 in DKD_DATA (or data/) the accuracies are real; without, images are random and
+only the times mean something.
 `--device cpu --epochs 1 --images 2000` tries the script itself.
 """
 import argparse, dataclasses, os, statistics, sys, tempfile, time
@@ -20,7 +21,12 @@ from drifting_kd.train import fit
 from drifting_kd.classify import Classify, TrainConfig
 from loop import Bare, Fit, random_data
 
-MODES = {"fp32": {}, "fp32 compiled": dict(compile=True), "bf16": dict(precision="bf16"), "bf16 compiled": dict(precision="bf16", compile=True)}
+MODES = {
+    "fp32": {},
+    "fp32 compiled": dict(compile=True),
+    "bf16": dict(precision="bf16"),
+    "bf16 compiled": dict(precision="bf16", compile=True),
+}
 
 def dataset(images: int):
     for name in ("cifar10_jpeg", "cifar10"):
@@ -33,8 +39,20 @@ def clock(device: str) -> float:
     return time.perf_counter()
 
 def train_once(data, device: str, epochs: int, batch_size: int = 512, **mode) -> tuple[dict, Run]:
-    cfg = TrainConfig(dataset=data.name, device=device, epochs=epochs, batch_size=batch_size, schedule="cosine", lr=0.4, warmup=200, tracker="none",
-                      eval_every=epochs, save_every=epochs, log_every=100, **mode)
+    cfg = TrainConfig(
+        dataset=data.name,
+        device=device,
+        epochs=epochs,
+        batch_size=batch_size,
+        schedule="cosine",
+        lr=0.4,
+        warmup=200,
+        tracker="none",
+        eval_every=epochs,
+        save_every=epochs,
+        log_every=100,
+        **mode,
+    )
     seed_everything(cfg.seed, "on")
     run = Run(cfg, "gpu")
     return fit(Classify(create_model("resnet8", len(data.classes), 3, 32), data, cfg), cfg, run), run
@@ -48,13 +66,23 @@ def training(data, device: str, epochs: int) -> dict:
             start = clock(device)
             summary, _ = train_once(data, device, max(2, epochs // 40), **mode)
             seconds = clock(device) - start
-            rows[name] = dict(images_per_second=summary["steps"] * 512 / seconds, seconds_per_epoch=seconds / summary["epochs"])
-        except Exception as e: rows[name] = dict(error=f"{type(e).__name__}: {e}"[:300])  # one mode that fails must not cost the others
+            rows[name] = dict(
+                images_per_second=summary["steps"] * 512 / seconds, seconds_per_epoch=seconds / summary["epochs"]
+            )
+        # one mode that fails must not cost the others
+        except Exception as e: rows[name] = dict(error=f"{type(e).__name__}: {e}"[:300])
         print(name, rows[name], flush=True)
     best = min((n for n in rows if "error" not in rows[n]), key=lambda n: rows[n]["seconds_per_epoch"])
     start = clock(device)
     summary, _ = train_once(data, device, epochs, **MODES[best])
-    full = dict(mode=best, epochs=epochs, seconds=clock(device) - start, test_accuracy=summary["test/accuracy"], test_last_accuracy=summary["test/last_accuracy"], data=data.name)
+    full = dict(
+        mode=best,
+        epochs=epochs,
+        seconds=clock(device) - start,
+        test_accuracy=summary["test/accuracy"],
+        test_last_accuracy=summary["test/last_accuracy"],
+        data=data.name,
+    )
     print("full", full, flush=True)
     return dict(batch_size=512, modes=rows, full=full)
 
@@ -62,7 +90,17 @@ def generator_once(data, device: str, **settings) -> Run:
     "A short drifting training, guided."
     from drifting_kd.drifting import Drift, DriftConfig, drifter
     data = dataclasses.replace(data, train=dataclasses.replace(data.train, flip=False, crop_padding=0, _cache={}))
-    cfg = DriftConfig(dataset=data.name, device=device, warmup=1, eval_every=30, log_every=1, tracker="none", judge="none", positives=32, **settings)
+    cfg = DriftConfig(
+        dataset=data.name,
+        device=device,
+        warmup=1,
+        eval_every=30,
+        log_every=1,
+        tracker="none",
+        judge="none",
+        positives=32,
+        **settings,
+    )
     run = Run(cfg, "gpu")
     fit(Drift(drifter(cfg, data), data, cfg), cfg, run)
     return run
@@ -71,8 +109,13 @@ def determinism(data, device: str, epochs: int) -> dict:
     "Two trainings, of one epoch or a few steps: the same bits?"
     def weights(run: Run) -> dict: return load_checkpoint(run.path / "final_model.pt")["model"]
     ways = {name: lambda mode=mode: train_once(data, device, 1, **mode)[1] for name, mode in MODES.items()}
-    ways |= {f"{name} {precision}": lambda name=name, precision=precision: generator_once(data, device, model=name, precision=precision, steps=5, batch_size=160)
-             for name in (("dit_small", "unet") if epochs > 1 else ("dit_tiny",)) for precision in ("fp32", "bf16")}  # both have attention
+    ways |= {
+        f"{name} {precision}": lambda name=name, precision=precision: generator_once(
+            data, device, model=name, precision=precision, steps=5, batch_size=160
+        )
+        for name in (("dit_small", "unet") if epochs > 1 else ("dit_tiny",))
+        for precision in ("fp32", "bf16")
+    }  # both have attention
     out = {}
     for name, way in ways.items():
         try:
@@ -101,10 +144,21 @@ def optimizers(data, device: str, epochs: int) -> dict:
     "Seconds an epoch with each optimiser of the comparison, layer norms logged, bf16, batch 128."
     rows = {}
     for name in ("sgd", "sgd", "adamw", "muon", "lion"):  # the first one pays for starting up, and is written over
-        cfg = TrainConfig(dataset=data.name, device=device, epochs=max(1, min(3, epochs)), batch_size=128, optimizer=name, precision="bf16", layer_norms=True, tracker="none")
+        cfg = TrainConfig(
+            dataset=data.name,
+            device=device,
+            epochs=max(1, min(3, epochs)),
+            batch_size=128,
+            optimizer=name,
+            precision="bf16",
+            layer_norms=True,
+            tracker="none",
+        )
         seed_everything(cfg.seed, "on")
         summary = fit(Classify(create_model("resnet8", len(data.classes), 3, 32), data, cfg), cfg, Run(cfg, "gpu"))
-        rows[name] = dict(seconds_per_epoch=summary["train_seconds"] / summary["epochs"], test_accuracy=summary["test/accuracy"])
+        rows[name] = dict(
+            seconds_per_epoch=summary["train_seconds"] / summary["epochs"], test_accuracy=summary["test/accuracy"]
+        )
         print(name, rows[name], flush=True)
     return rows
 
@@ -114,7 +168,8 @@ def drifting(data, device: str, epochs: int) -> dict:
     return dict(sizes=drift.on_gpu(device, *[{k: v for k, v in drift.SIZES.items() if v[1] < 1000}] * (epochs == 1)))
 
 def evaluation(data, device: str, epochs: int) -> dict:
-    "50,000 images of a generator to a distance: streamed, and through PNG files and clean-fid's data set. The network is Inception's architecture with random weights; `--epochs 1` takes 200 images."
+    """50,000 images of a generator to a distance: streamed, and through PNG files and clean-fid's data set. The
+    network is Inception's architecture with random weights; `--epochs 1` takes 200 images."""
     from cleanfid.utils import ResizeDataset
     from PIL import Image
     from drifting_kd.core import import_torchvision
@@ -126,11 +181,18 @@ def evaluation(data, device: str, epochs: int) -> dict:
     n = 200 if epochs == 1 else 50_000
     net = import_torchvision().models.inception_v3(weights=None, aux_logits=False, init_weights=False).eval().to(device)
     net.fc = torch.nn.Identity()
-    judge = Extractor("random-inception", 2048, "", lambda x: net((resize_for(x, "clean") - 128) / 128), "clean", device=torch.device(device))
+    judge = Extractor(
+        "random-inception",
+        2048,
+        "",
+        lambda x: net((resize_for(x, "clean") - 128) / 128),
+        "clean",
+        device=torch.device(device),
+    )
     model, labels = create_generator("mlp_wide", 10, 3, 32).to(device), torch.arange(n) % 10
     pixels = lambda: (to_uint8(x.float(), "signed") for x in sample_batches(model, labels, batch_size=256))
     reference = Stats.of(torch.cat([judge(x) for x in list(pixels())[:10]]), judge)
-    reference.half
+    _ = reference.half  # computed once a reference
     def streamed() -> float:
         m = Moments(2048, device)
         for x in pixels(): m.add(judge(x))
@@ -138,9 +200,13 @@ def evaluation(data, device: str, epochs: int) -> dict:
     def through_files() -> float:
         m = Moments(2048, device)
         with tempfile.TemporaryDirectory() as folder, torch.inference_mode():
-            for i, image in enumerate(image for x in pixels() for image in x.cpu().numpy()): Image.fromarray(image).save(Path(folder) / f"{i:06d}.png")
+            for i, image in enumerate(image for x in pixels() for image in x.cpu().numpy()):
+                Image.fromarray(image).save(Path(folder) / f"{i:06d}.png")
             files = sorted(map(str, Path(folder).iterdir()))
-            for x in torch.utils.data.DataLoader(ResizeDataset(files, mode="clean"), 256, num_workers=min(12, (os.cpu_count() or 1) - 1)): m.add(net((x.to(device) - 128) / 128))
+            for x in torch.utils.data.DataLoader(
+                ResizeDataset(files, mode="clean"), 256, num_workers=min(12, (os.cpu_count() or 1) - 1)
+            ):
+                m.add(net((x.to(device) - 128) / 128))
         return reference.distance(Stats.from_moments(m, judge))
     found = {}
     for name, way in (("streamed", streamed), ("png_files", through_files)):
@@ -151,12 +217,15 @@ def evaluation(data, device: str, epochs: int) -> dict:
     return dict(images=n, **found, ratio=found["png_files"]["seconds"] / found["streamed"]["seconds"])
 
 def drifting_step(data, device: str, epochs: int) -> dict:
-    "Milliseconds of a whole drifting step: MNIST-sized pixels with the wide MLP, and 32-px colour with the UNet, guided."
+    """Milliseconds of a whole drifting step: MNIST-sized pixels with the wide MLP, and 32-px colour with the UNet,
+    guided."""
     rows = {}
-    for name, settings in (("mlp_wide", {}), ("unet", dict(precision="bf16", batch_size=640))) if epochs > 1 else (("mlp_wide", {}),):
+    for name, settings in (
+        (("mlp_wide", {}), ("unet", dict(precision="bf16", batch_size=640))) if epochs > 1 else (("mlp_wide", {}),)
+    ):
         run = generator_once(data, device, model=name, steps=30 if epochs > 1 else 4, **settings)
         times = [line["train/step_time"] for line in read_metrics(run.path) if "train/step_time" in line]
-        rows[name] = dict(ms=1000 * statistics.median(times[len(times) // 2:]))
+        rows[name] = dict(ms=1000 * statistics.median(times[len(times) // 2 :]))
         print(name, rows[name], flush=True)
     return rows
 
@@ -165,22 +234,40 @@ def distillation(data, device: str, epochs: int) -> dict:
     from kd import PAIRS, compare, random_data as views
     turns, pairs = (24, 24) if epochs > 1 else (2, 1), PAIRS if epochs > 1 else dict(list(PAIRS.items())[:1])
     rows = {pair: compare(names, views(256), 64, *turns, device) for pair, names in pairs.items()}
-    for pair, r in rows.items(): print(pair, {k: r[k] for k in ("ms_per_step", "live_over_cached", "cached_over_alone")}, flush=True)
+    for pair, r in rows.items():
+        print(pair, {k: r[k] for k in ("ms_per_step", "live_over_cached", "cached_over_alone")}, flush=True)
     return rows
 
-MEASUREMENTS = dict(training=training, determinism=determinism, overhead=overhead, optimizers=optimizers, drift=drifting, drift_step=drifting_step, distillation=distillation, evaluation=evaluation)
+MEASUREMENTS = dict(
+    training=training,
+    determinism=determinism,
+    overhead=overhead,
+    optimizers=optimizers,
+    drift=drifting,
+    drift_step=drifting_step,
+    distillation=distillation,
+    evaluation=evaluation,
+)
 
 def every(answers) -> bool | None:
     "all, but of nothing nothing is known."
     return all(answers) if (answers := list(answers)) else None
 
 AIMS = {  # what the results are asked for, each with where it stands
-    "200 epochs of ResNet-8 in under 60 seconds": lambda r: r["training"]["full"]["seconds"] < 60 if r["training"]["full"]["epochs"] == 200 else None,
-    "two trainings give the same weights": lambda r: every(v is True for k, v in r["determinism"].items() if k != "wall_seconds"),
+    "200 epochs of ResNet-8 in under 60 seconds": lambda r: (
+        r["training"]["full"]["seconds"] < 60 if r["training"]["full"]["epochs"] == 200 else None
+    ),
+    "two trainings give the same weights": lambda r: every(
+        v is True for k, v in r["determinism"].items() if k != "wall_seconds"
+    ),
     "fit costs at most 5 % over a bare loop": lambda r: r["overhead"]["ratio"] <= 1.05,
-    "the compiled field beats eager twofold at N=4096": lambda r: r["drift"]["sizes"]["4096^2 x 512"]["compiled_over_eager"] >= 2,
+    "the compiled field beats eager twofold at N=4096": lambda r: (
+        r["drift"]["sizes"]["4096^2 x 512"]["compiled_over_eager"] >= 2
+    ),
     "streamed evaluation is five times as fast as through PNG files": lambda r: r["evaluation"]["ratio"] >= 5,
-    "a distilling step with cached teachers costs at most 1.05 of the student alone": lambda r: every(v["cached_over_alone"] <= 1.05 for v in r["distillation"].values() if isinstance(v, dict)),
+    "a distilling step with cached teachers costs at most 1.05 of the student alone": lambda r: every(
+        v["cached_over_alone"] <= 1.05 for v in r["distillation"].values() if isinstance(v, dict)
+    ),
 }
 
 def reached(results: dict) -> dict:
@@ -200,17 +287,28 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=list(MEASUREMENTS), choices=list(MEASUREMENTS))
     parser.add_argument("--out", type=Path, default=ROOT / "benchmarks" / "results" / "gpu.json")
     args = parser.parse_args()
-    if args.device.startswith("cuda") and not torch.cuda.is_available(): sys.exit("no CUDA device here; --device cpu --epochs 1 --images 2000 tries the script itself")
+    if args.device.startswith("cuda") and not torch.cuda.is_available():
+        sys.exit("no CUDA device here; --device cpu --epochs 1 --images 2000 tries the script itself")
     data, results = dataset(args.images), {}
     with tempfile.TemporaryDirectory() as folder:
         os.environ["DKD_ROOT"] = folder
         for name in args.only:
             start = time.perf_counter()
             try: found = MEASUREMENTS[name](data, args.device, args.epochs)
-            except Exception as e: found = dict(error=f"{type(e).__name__}: {e}"[:500])  # the others are still worth their minutes
+            # the others are still worth their minutes
+            except Exception as e: found = dict(error=f"{type(e).__name__}: {e}"[:500])
             results[name] = found | {"wall_seconds": time.perf_counter() - start}
             if "error" in found: print(name, found["error"], flush=True)
-            write_json(args.out, dict(device=args.device, images=len(data.train), **results, aims=reached(results), environment=environment(device=args.device)))
+            write_json(
+                args.out,
+                dict(
+                    device=args.device,
+                    images=len(data.train),
+                    **results,
+                    aims=reached(results),
+                    environment=environment(device=args.device),
+                ),
+            )
     for aim, answer in reached(results).items(): print(f"{answer:12} {aim}")
     if failed := [name for name, found in results.items() if "error" in found]: sys.exit(f"failed: {', '.join(failed)}")
 

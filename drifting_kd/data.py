@@ -25,8 +25,11 @@ def upload(x: Tensor, # on the CPU; others come as they are
            device) -> Tensor:
     "A tensor of the host on a device, without waiting for the device."
     device = torch.device(device)
-    if x.is_cpu and device.type == "cuda" and x.nbytes < 2**22: x = x.pin_memory()  # only from there a GPU copies by itself; a large one costs more to pin than to wait for
-    return x.to(device, non_blocking=x.is_cpu and device.type != "mps")  # MPS may read the host's memory after it was given back
+    if x.is_cpu and device.type == "cuda" and x.nbytes < 2**22:
+        x = x.pin_memory()  # only from there a GPU copies by itself; a large one costs more to pin than to wait for
+    return x.to(
+        device, non_blocking=x.is_cpu and device.type != "mps"
+    )  # MPS may read the host's memory after it was given back
 
 # %% ../nbs/05_data.ipynb #b7f210cd
 @dataclass
@@ -43,7 +46,9 @@ class Split:
 
     def take(self, rows: Tensor) -> Split:
         "The given rows, as a split of their own."
-        return replace(self, images=self.images[rows].contiguous(), labels=self.labels[rows], indices=self.indices[rows], _cache={})
+        return replace(
+            self, images=self.images[rows].contiguous(), labels=self.labels[rows], indices=self.indices[rows], _cache={}
+        )
 
     def on(self, device, padding: int) -> tuple[Tensor, Tensor, Tensor]:
         "Zero-padded images, labels and indices on `device`; kept, so that epochs share them."
@@ -52,7 +57,9 @@ class Split:
             self._cache[device, "labels"] = upload(self.labels, device), upload(self.indices, device)
         if (device, padding) not in self._cache:
             images = upload(self.images, device)
-            self._cache[device, padding] = F.pad(images, (0, 0, padding, padding, padding, padding)) if padding else images
+            self._cache[device, padding] = (
+                F.pad(images, (0, 0, padding, padding, padding, padding)) if padding else images
+            )
         return self._cache[device, padding], *self._cache[device, "labels"]
 
 # %% ../nbs/05_data.ipynb #7288a1ef
@@ -108,7 +115,9 @@ def view_pixels(images: Tensor,     # uint8 [B, H, W, C]
     "The pixels of the given views."
     p = crop_padding
     if len(view) and not 0 <= int(view.min()) <= int(view.max()) < num_views(p, True):
-        raise LabError(f"views {int(view.min())}..{int(view.max())} with crop_padding={p}; expected 0..{num_views(p, True) - 1}")
+        raise LabError(
+            f"views {int(view.min())}..{int(view.max())} with crop_padding={p}; expected 0..{num_views(p, True) - 1}"
+        )
     padded = F.pad(images, (0, 0, p, p, p, p)) if p else images.contiguous()
     return _windows(padded, torch.arange(len(images), device=images.device), view, p, True)
 
@@ -143,9 +152,21 @@ class Batches:
                  flip: bool | None = None,
                 ):
         if not 0 <= rank < world: raise LabError(f"rank={rank} of world={world}: expected 0 <= rank < world")
-        if batch_size < 1 or batch_size % world: raise LabError(f"batch_size={batch_size} cannot be shared by {world} processes; expected a positive multiple of {world}")
-        if drop_last and len(split) < batch_size: raise LabError(f"batch_size={batch_size} is more than the {len(split)} images; use at most {len(split)}, or drop_last=False")
-        self.split, self.batch_size, self.seed, self.epoch, self.device = split, batch_size, seed, epoch, torch.device(device)
+        if batch_size < 1 or batch_size % world:
+            raise LabError(
+                f"batch_size={batch_size} cannot be shared by {world} processes; expected a positive multiple of {world}"
+            )
+        if drop_last and len(split) < batch_size:
+            raise LabError(
+                f"batch_size={batch_size} is more than the {len(split)} images; use at most {len(split)}, or drop_last=False"
+            )
+        self.split, self.batch_size, self.seed, self.epoch, self.device = (
+            split,
+            batch_size,
+            seed,
+            epoch,
+            torch.device(device),
+        )
         self.augment, self.shuffle, self.drop_last, self.rank, self.world = augment, shuffle, drop_last, rank, world
         self.crop_padding = split.crop_padding if crop_padding is None else crop_padding
         self.flip = split.flip if flip is None else flip
@@ -157,7 +178,11 @@ class Batches:
     def rows(self) -> tuple[Tensor, list[int]]:
         "This rank's rows for the whole epoch, and how many of them each batch has."
         n, b, w = len(self.split), self.batch_size, self.world
-        order = permutation(n, self.seed, self.epoch, _ORDER, device=self.device) if self.shuffle else torch.arange(n, device=self.device)
+        order = (
+            permutation(n, self.seed, self.epoch, _ORDER, device=self.device)
+            if self.shuffle
+            else torch.arange(n, device=self.device)
+        )
         full, rest = divmod(n, b)
         rows, sizes = order[:full * b].view(full, w, b // w)[:, self.rank].flatten(), [b // w] * full
         if rest and not self.drop_last:
@@ -181,7 +206,11 @@ class Batches:
             count = max(1, BLOCK // max(1, sizes[0]))
             now, sizes = sizes[:count], sizes[count:]
             part = slice(at, at + sum(now))
-            x = _windows(images, rows[part], view[part], p, self.flip) if self.augment else images[rows[part]].permute(0, 3, 1, 2)
+            x = (
+                _windows(images, rows[part], view[part], p, self.flip)
+                if self.augment
+                else images[rows[part]].permute(0, 3, 1, 2)
+            )
             for batch in zip(*(t.split(now) for t in (x, y[part], index[part], view[part]))): yield Batch(*batch)
             at = part.stop
 
@@ -202,7 +231,9 @@ def normalize(x: Tensor,           # uint8 [B, C, H, W]
     "`(x/255 - mean)/std` in fp32, rounded once to `dtype`."
     b, c, h, w = x.shape
     by, m, s = pixel_constants(tuple(mean), tuple(std), w, x.device)
-    row = x.permute(0, 2, 3, 1).reshape(b, h, w * c).to(torch.float32, copy=True)  # rows of pixels: channels alone are too short to be fast
+    row = (
+        x.permute(0, 2, 3, 1).reshape(b, h, w * c).to(torch.float32, copy=True)
+    )  # rows of pixels: channels alone are too short to be fast
     return row.div_(by).sub_(m).div_(s).to(dtype).view(b, h, w, c).permute(0, 3, 1, 2)
 
 # %% ../nbs/05_data.ipynb #302297d8
@@ -219,8 +250,20 @@ def strong_pixels(x: Tensor,      # uint8 [B, C, H, W], the usual views
     u = upload(draws.float(), x.device)
     turn, shear, slant, right, down, bright, contrast = 2 * u[:7] - 1  # in [-1, 1)
     sin, cos = (turn * math.pi / 7).sin(), (turn * math.pi / 7).cos()
-    where = torch.stack((cos - .25 * slant * sin, .25 * shear * cos - sin, .25 * right, sin + .25 * slant * cos, cos + .25 * shear * sin, .25 * down), 1).view(B, 2, 3)
-    y = F.grid_sample(x.float(), F.affine_grid(where, list(x.shape), align_corners=False), align_corners=False)  # what comes from outside is black, as a crop's border
+    where = torch.stack(
+        (
+            cos - 0.25 * slant * sin,
+            0.25 * shear * cos - sin,
+            0.25 * right,
+            sin + 0.25 * slant * cos,
+            cos + 0.25 * shear * sin,
+            0.25 * down,
+        ),
+        1,
+    ).view(B, 2, 3)
+    y = F.grid_sample(
+        x.float(), F.affine_grid(where, list(x.shape), align_corners=False), align_corners=False
+    )  # what comes from outside is black, as a crop's border
     by_image = lambda v: v.view(B, 1, 1, 1)
     middle = y.mean((1, 2, 3), keepdim=True)
     y = (middle + (y - middle) * by_image(1 + .6 * contrast)) * by_image(1 + .4 * bright)
@@ -231,7 +274,9 @@ def strong_pixels(x: Tensor,      # uint8 [B, C, H, W], the usual views
     return y.masked_fill(hole, 0).round().clamp(0, 255).to(torch.uint8).contiguous(memory_format=torch.channels_last)
 
 # %% ../nbs/05_data.ipynb #6756421e
-CONSTANTS = {n: ((.4914, .4822, .4465), (.2023, .1994, .2010)) for n in ("cifar10", "cifar10_jpeg")}  # the usual ones; the std is a mean of per-image ones
+CONSTANTS = {
+    n: ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010)) for n in ("cifar10", "cifar10_jpeg")
+}  # the usual ones; the std is a mean of per-image ones
 
 # %% ../nbs/05_data.ipynb #e681adf1
 def make_dataset(name: str, raw: Raw, image_size: int = 0, val_fraction: float = 0.1, split_seed: int = 42, limit: int = 0, normalization: str = "data") -> Dataset:
@@ -242,12 +287,20 @@ def make_dataset(name: str, raw: Raw, image_size: int = 0, val_fraction: float =
     style = dict(crop_padding=size // 8, flip=flip)
     everything = torch.arange(len(labels))
     chosen = torch.zeros(len(labels), dtype=torch.bool)
-    if val_fraction: chosen[stratified(labels, max(len(raw.classes), round(val_fraction * len(labels))), split_seed, _VAL, leave=1)] = True
+    if val_fraction:
+        chosen[
+            stratified(labels, max(len(raw.classes), round(val_fraction * len(labels))), split_seed, _VAL, leave=1)
+        ] = True
     rows = everything[~chosen]
-    if limit > len(rows): raise LabError(f"limit={limit}: {name} has {len(rows)} training images after the validation split; use at most {len(rows)}, or 0 for all")
+    if limit > len(rows):
+        raise LabError(
+            f"limit={limit}: {name} has {len(rows)} training images after the validation split; use at most {len(rows)}, or 0 for all"
+        )
     if limit: rows = rows[stratified(labels[rows], limit, split_seed, _LIMIT)]
     train, val = (Split(resize(images[r], size), labels[r], r, **style) for r in (rows, everything[chosen]))
-    test = Split(resize(torch.from_numpy(raw.x_test), size), torch.from_numpy(raw.y_test), torch.arange(len(raw.y_test)), **style)
+    test = Split(
+        resize(torch.from_numpy(raw.x_test), size), torch.from_numpy(raw.y_test), torch.arange(len(raw.y_test)), **style
+    )
     mean, std = CONSTANTS[name] if normalization == "constants" else pixel_stats(train.images)
     return Dataset(name, train, val, test, list(raw.classes), mean, std, size // 8, flip,
                    array_hash(raw.x_train, raw.y_train, raw.x_test, raw.y_test), raw.source, raw.licence, raw.named)
@@ -264,11 +317,15 @@ def load_dataset(name: str,                   # digits, shapes, shapes100, mnist
     "A data set by name: checked, split, measured."
     name = ALIASES.get(name, name)
     if not 0 <= val_fraction < 1: raise LabError(f"val_fraction={val_fraction}: expected at least 0 and below 1")
-    if image_size and not 4 <= image_size <= 1024: raise LabError(f"image_size={image_size}: expected 0 (the data's own) or 4 to 1024")
+    if image_size and not 4 <= image_size <= 1024:
+        raise LabError(f"image_size={image_size}: expected 0 (the data's own) or 4 to 1024")
     if limit < 0: raise LabError(f"limit={limit}: expected 0 (all) or a number of training images")
     if normalization not in ("data", "constants"): raise unknown("normalization", normalization, ("data", "constants"))
-    if normalization == "constants" and name not in CONSTANTS: raise LabError(f"normalization='constants': known for {', '.join(CONSTANTS)} only; use 'data' for {name}")
-    return make_dataset(name, _read(name, data_folder(root), image_size), image_size, val_fraction, split_seed, limit, normalization)
+    if normalization == "constants" and name not in CONSTANTS:
+        raise LabError(f"normalization='constants': known for {', '.join(CONSTANTS)} only; use 'data' for {name}")
+    return make_dataset(
+        name, _read(name, data_folder(root), image_size), image_size, val_fraction, split_seed, limit, normalization
+    )
 
 # %% ../nbs/05_data.ipynb #b1d8a00a
 def splits_hash(dataset: Dataset) -> str:
@@ -280,5 +337,10 @@ def save_splits(path: str | Path, dataset: Dataset) -> str:
     "Write the original indices and their hash to an .npz, atomically; returns the hash."
     digest = splits_hash(dataset)
     with atomic_write(path) as f:
-        np.savez(f, **{part: getattr(dataset, part).indices.numpy() for part in ("train", "val", "test")}, hash=np.array(digest), sha256=np.array(dataset.sha256))
+        np.savez(
+            f,
+            **{part: getattr(dataset, part).indices.numpy() for part in ("train", "val", "test")},
+            hash=np.array(digest),
+            sha256=np.array(dataset.sha256),
+        )
     return digest

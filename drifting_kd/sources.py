@@ -51,9 +51,13 @@ def stratified(labels: Tensor,   # int64 [N]
     most = counts - leave
     if (most < 1).any():
         k = int(most.argmin())
-        raise LabError(f"class {k} has {int(counts[k])} images, too few to stratify; expected at least {1 + leave} of each class (add images, or use val_fraction=0)")
+        raise LabError(
+            f"class {k} has {int(counts[k])} images, too few to stratify; expected at least {1 + leave} of each class (add images, or use val_fraction=0)"
+        )
     if not len(counts) <= n <= int(most.sum()):
-        raise LabError(f"cannot choose {n} of {len(labels)} images with each of {len(counts)} classes in it; expected between {len(counts)} and {int(most.sum())}")
+        raise LabError(
+            f"cannot choose {n} of {len(labels)} images with each of {len(counts)} classes in it; expected between {len(counts)} and {int(most.sum())}"
+        )
     share = counts.double() * n / len(labels)
     take = share.floor().long().clamp(min=1).minimum(most)
     while (gap := n - int(take.sum())) != 0:  # a few rounds: largest remainder first, within [1, most]
@@ -97,15 +101,22 @@ def pixel_stats(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
     value = torch.arange(256, dtype=torch.float64) / 255
     mean = (counts * value).sum(1) / len(flat)
     var = (counts * (value - mean[:, None])**2).sum(1) / len(flat)
-    return tuple(mean.tolist()), tuple(var.sqrt().clamp(min=1 / 255).tolist())  # a constant channel must not divide by zero
+    return tuple(mean.tolist()), tuple(
+        var.sqrt().clamp(min=1 / 255).tolist()
+    )  # a constant channel must not divide by zero
 
 # %% ../nbs/04_sources.ipynb #dc3631c5
 def resize(images: Tensor, size: int) -> Tensor:
     "Square uint8 images at another size, bilinear with antialiasing."
     if images.shape[1] == images.shape[2] == size: return images
     if not len(images): return images.new_zeros(0, size, size, images.shape[3])
-    def one(part): return F.interpolate(part.permute(0, 3, 1, 2).float(), (size, size), mode="bilinear", antialias=True, align_corners=False)
-    return torch.cat([one(part).round().clamp(0, 255).byte().permute(0, 2, 3, 1).contiguous() for part in images.split(4096)])
+    def one(part):
+        return F.interpolate(
+            part.permute(0, 3, 1, 2).float(), (size, size), mode="bilinear", antialias=True, align_corners=False
+        )
+    return torch.cat(
+        [one(part).round().clamp(0, 255).byte().permute(0, 2, 3, 1).contiguous() for part in images.split(4096)]
+    )
 
 # %% ../nbs/04_sources.ipynb #32899964
 _VAL, _LIMIT, _TEST = 11, 12, 13  # streams of the hash
@@ -121,7 +132,15 @@ def _digits(root: Path, size: int) -> Raw:
     y = found[:, -1].astype(np.int64)
     test = np.zeros(len(y), dtype=bool)
     test[stratified(torch.from_numpy(y), round(.2 * len(y)), 0, _TEST).numpy()] = True
-    return Raw(x[~test], y[~test], x[test], y[test], [str(d) for d in range(10)], "scikit-learn digits (UCI optical recognition of handwritten digits)", "CC BY 4.0")
+    return Raw(
+        x[~test],
+        y[~test],
+        x[test],
+        y[test],
+        [str(d) for d in range(10)],
+        "scikit-learn digits (UCI optical recognition of handwritten digits)",
+        "CC BY 4.0",
+    )
 
 # %% ../nbs/04_sources.ipynb #0e680426
 def _half_planes(u, v, k: int) -> np.ndarray:
@@ -149,8 +168,18 @@ SHAPES = {
 }
 
 # %% ../nbs/04_sources.ipynb #55ab757c
-COLOURS = {"red": (220, 40, 40), "orange": (240, 140, 30), "yellow": (235, 225, 50), "green": (50, 170, 60), "cyan": (60, 210, 215),
-           "blue": (45, 75, 215), "purple": (140, 50, 180), "pink": (245, 140, 190), "brown": (120, 75, 40), "white": (245, 245, 245)}
+COLOURS = {
+    "red": (220, 40, 40),
+    "orange": (240, 140, 30),
+    "yellow": (235, 225, 50),
+    "green": (50, 170, 60),
+    "cyan": (60, 210, 215),
+    "blue": (45, 75, 215),
+    "purple": (140, 50, 180),
+    "pink": (245, 140, 190),
+    "brown": (120, 75, 40),
+    "white": (245, 245, 245),
+}
 
 # %% ../nbs/04_sources.ipynb #15e1e3e1
 class _Draw:
@@ -179,15 +208,28 @@ def draw_shapes(index: Tensor,          # int64 [B], which images
     draw = _Draw(index, key)
     axis = ((np.arange(size, dtype=np.float32) + np.float32(.5)) * np.float32(2 / size) - 1)
     X, Y, pixel = axis[None, None, :], axis[None, :, None], 2 / size
-    corners = [draw(40, 200) + draw(-45, 45, (1, 1, 3))[:, 0] for _ in range(4)]  # a background that changes from corner to corner
+    corners = [
+        draw(40, 200) + draw(-45, 45, (1, 1, 3))[:, 0] for _ in range(4)
+    ]  # a background that changes from corner to corner
     corners = [c.reshape(-1, 1, 1, 3) for c in corners]
     a, b = ((X + 1) / 2)[..., None], ((Y + 1) / 2)[..., None]
     image = (corners[0] * (1 - a) + corners[1] * a) * (1 - b) + (corners[2] * (1 - a) + corners[3] * a) * b
     one = np.float32(1)
     for _ in range(2):  # clutter
         r = draw(.06, .22)
-        _paint(image, SHAPES["disk"]((X - draw(-1, 1)) / r, (Y - draw(-1, 1)) / (r * draw(.4, 1.6))), r, draw(20, 235, (1, 1, 3)), draw(.4, 1), pixel)
-    turn, scale, stretch = draw(-.3 if coloured else -.5, .3 if coloured else .5).astype(np.float64), draw(.6 if coloured else .5, .85 if coloured else .8), draw(.85, 1.18)
+        _paint(
+            image,
+            SHAPES["disk"]((X - draw(-1, 1)) / r, (Y - draw(-1, 1)) / (r * draw(0.4, 1.6))),
+            r,
+            draw(20, 235, (1, 1, 3)),
+            draw(0.4, 1),
+            pixel,
+        )
+    turn, scale, stretch = (
+        draw(-0.3 if coloured else -0.5, 0.3 if coloured else 0.5).astype(np.float64),
+        draw(0.6 if coloured else 0.5, 0.85 if coloured else 0.8),
+        draw(0.85, 1.18),
+    )
     cos, sin = np.round(np.cos(turn), 6).astype(np.float32), np.round(np.sin(turn), 6).astype(np.float32)
     x, y = (X - draw(-.25, .25)) / scale, (Y - draw(-.25, .25)) / scale
     u, v = (x * cos + y * sin) * stretch, (y * cos - x * sin) / stretch
@@ -196,7 +238,9 @@ def draw_shapes(index: Tensor,          # int64 [B], which images
     for k, distance in enumerate(SHAPES.values()):
         if (mine := shape == k).any(): d[mine] = distance(u[mine], v[mine])
     paint = np.array(list(COLOURS.values()), dtype=np.float32)[colour].reshape(-1, 1, 1, 3) + draw(-18, 18, (1, 1, 3))
-    clear = draw(.8, 1) * np.where(draw(0, 1) < .12, np.float32(.15), one) if coloured else draw(.6, 1)  # of a hundred classes, one image in eight is nearly invisible, the others easy
+    clear = (
+        draw(0.8, 1) * np.where(draw(0, 1) < 0.12, np.float32(0.15), one) if coloured else draw(0.6, 1)
+    )  # of a hundred classes, one image in eight is nearly invisible, the others easy
     _paint(image, d, scale, paint, clear, pixel)
     cos, sin = draw(-1, 1), draw(-1, 1)  # a strip in front
     _paint(image, np.abs(X * cos + Y * sin - draw(-.5, .5)) - draw(.02, .06), one, draw(40, 200, (1, 1, 3)), one, pixel)
@@ -209,31 +253,50 @@ def _shapes(root: Path, size: int, classes: int = 10) -> Raw:
     train, test = (10_000, 2_000) if classes == 10 else (25_000, 4_000)
     index = torch.arange(train + test)
     y = permutation(train + test, classes, 3) % classes
-    x = np.concatenate([draw_shapes(i, k.numpy(), size or 32, classes == 100, key=classes) for i, k in zip(index.split(500), y.split(500))])
+    x = np.concatenate(
+        [
+            draw_shapes(i, k.numpy(), size or 32, classes == 100, key=classes)
+            for i, k in zip(index.split(500), y.split(500))
+        ]
+    )
     y = y.numpy()
     names = list(SHAPES) if classes == 10 else [f"{c} {s}" for s in SHAPES for c in COLOURS]
-    return Raw(x[:train], y[:train], x[train:], y[train:], names, f"drawn by drifting_kd ({classes} classes)", "Apache-2.0")
+    return Raw(
+        x[:train], y[:train], x[train:], y[train:], names, f"drawn by drifting_kd ({classes} classes)", "Apache-2.0"
+    )
 
 # %% ../nbs/04_sources.ipynb #717b6cfe
 MD5 = {  # of the unpacked official files
-    "train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb", "train-labels-idx1-ubyte": "a25bea736e30d166cdddb491f175f624",
-    "t10k-images-idx3-ubyte": "2646ac647ad5339dbf082846283269ea", "t10k-labels-idx1-ubyte": "27ae3e4e09519cfbb04c329615203637",
-    "data_batch_1": "c99cafc152244af753f735de768cd75f", "data_batch_2": "d4bba439e000b95fd0a9bffe97cbabec", "data_batch_3": "54ebc095f3ab1f0389bbae665268c751",
-    "data_batch_4": "634d18415352ddfa80567beed471001a", "data_batch_5": "482c414d41f54cd18b22e5b47cb7c3cb", "test_batch": "40351d587109b95175f43aff81a1287e",
-    "train": "16019d7e3df5f24257cddd939b257f8d", "test": "f0ef6b0ae62326f3e7ffdfab6717acfc"}
+    "train-images-idx3-ubyte": "6bbc9ace898e44ae57da46a324031adb",
+    "train-labels-idx1-ubyte": "a25bea736e30d166cdddb491f175f624",
+    "t10k-images-idx3-ubyte": "2646ac647ad5339dbf082846283269ea",
+    "t10k-labels-idx1-ubyte": "27ae3e4e09519cfbb04c329615203637",
+    "data_batch_1": "c99cafc152244af753f735de768cd75f",
+    "data_batch_2": "d4bba439e000b95fd0a9bffe97cbabec",
+    "data_batch_3": "54ebc095f3ab1f0389bbae665268c751",
+    "data_batch_4": "634d18415352ddfa80567beed471001a",
+    "data_batch_5": "482c414d41f54cd18b22e5b47cb7c3cb",
+    "test_batch": "40351d587109b95175f43aff81a1287e",
+    "train": "16019d7e3df5f24257cddd939b257f8d",
+    "test": "f0ef6b0ae62326f3e7ffdfab6717acfc",
+}
 
 # %% ../nbs/04_sources.ipynb #24da7562
 TIMEOUT = 20  # seconds a server may stay silent
 
 # %% ../nbs/04_sources.ipynb #9cd0c33f
-def _broken(path, what: str) -> LabError: return LabError(f"{path} is damaged or not what it should be: {what}; delete it and load again, or put a sound copy there")
+def _broken(path, what: str) -> LabError:
+    return LabError(
+        f"{path} is damaged or not what it should be: {what}; delete it and load again, or put a sound copy there"
+    )
 
 # %% ../nbs/04_sources.ipynb #d3e7fef9
 def _verified(path: Path) -> bytes:
     "The content of an official file, after its checksum."
     try: content = path.read_bytes()
     except OSError as e: raise LabError(f"cannot read {path} ({e.strerror}); fix its permissions or replace it") from None
-    if (found := hashlib.md5(content).hexdigest()) != MD5[path.name]: raise _broken(path, f"md5 is {found}, expected {MD5[path.name]}")
+    if (found := hashlib.md5(content).hexdigest()) != MD5[path.name]:
+        raise _broken(path, f"md5 is {found}, expected {MD5[path.name]}")
     return content
 
 # %% ../nbs/04_sources.ipynb #fc58bfbe
@@ -255,25 +318,34 @@ def _fetch(files: list[Path],                       # what must be there in the 
                 try:
                     utils.download_and_extract_archive(address, str(folder), str(unpacked), name, md5)
                     break
-                except Exception as e:  # no network, a server's answer, a wrong checksum, a full disk: one message for the user
-                    if i + 1 == len(addresses): raise LabError(f"cannot download {name} ({type(e).__name__}: {str(e).splitlines()[0][:150] if str(e) else ''}); {advice}") from None
+                except (
+                    Exception
+                ) as e:  # no network, a server's answer, a wrong checksum, a full disk: one message for the user
+                    if i + 1 == len(addresses):
+                        raise LabError(
+                            f"cannot download {name} ({type(e).__name__}: {str(e).splitlines()[0][:150] if str(e) else ''}); {advice}"
+                        ) from None
     finally: socket.setdefaulttimeout(before)
-    if missing := [f.name for f in files if not f.exists()]: raise LabError(f"{', '.join(missing)} not in {files[0].parent} after unpacking; {advice}")
+    if missing := [f.name for f in files if not f.exists()]:
+        raise LabError(f"{', '.join(missing)} not in {files[0].parent} after unpacking; {advice}")
 
 # %% ../nbs/04_sources.ipynb #b7828c82
 def _idx(path: Path, dims: int) -> np.ndarray:
     "An array in MNIST's format."
     content = _verified(path)
     head = 4 + 4 * dims
-    if len(content) < head or content[:4] != bytes([0, 0, 8, dims]): raise _broken(path, "no idx header of unsigned bytes")
+    if len(content) < head or content[:4] != bytes([0, 0, 8, dims]):
+        raise _broken(path, "no idx header of unsigned bytes")
     shape = tuple(int.from_bytes(content[4 + 4 * i:8 + 4 * i], "big") for i in range(dims))
-    if len(content) != head + math.prod(shape): raise _broken(path, f"{len(content)} bytes, but its header promises {head + math.prod(shape)}")
+    if len(content) != head + math.prod(shape):
+        raise _broken(path, f"{len(content)} bytes, but its header promises {head + math.prod(shape)}")
     return np.frombuffer(content, dtype=np.uint8, offset=head).reshape(shape).copy()
 
 # %% ../nbs/04_sources.ipynb #b48d8459
 def _labelled(path: Path, x: np.ndarray, y: np.ndarray, classes: int) -> tuple[np.ndarray, np.ndarray]:
     if len(x) != len(y): raise _broken(path, f"{len(x)} images but {len(y)} labels")
-    if len(y) and not 0 <= int(y.min()) <= int(y.max()) < classes: raise _broken(path, f"labels {int(y.min())}..{int(y.max())}, expected 0..{classes - 1}")
+    if len(y) and not 0 <= int(y.min()) <= int(y.max()) < classes:
+        raise _broken(path, f"labels {int(y.min())}..{int(y.max())}, expected 0..{classes - 1}")
     return np.ascontiguousarray(x), y.astype(np.int64)
 
 # %% ../nbs/04_sources.ipynb #38057562
@@ -284,9 +356,17 @@ def _mnist(root: Path, size: int) -> Raw:
         import_torchvision()
         from torchvision.datasets import MNIST
         archives = [([m + name for m in MNIST.mirrors], name, md5) for name, md5 in MNIST.resources]
-        _fetch(files, archives, folder, folder, f"put {', '.join(f.name for f in files)} (or the same with .gz) into {folder}")
+        _fetch(
+            files,
+            archives,
+            folder,
+            folder,
+            f"put {', '.join(f.name for f in files)} (or the same with .gz) into {folder}",
+        )
     parts = [_labelled(files[i], _idx(files[i], 3)[..., None], _idx(files[i + 1], 1), 10) for i in (0, 2)]
-    return Raw(*parts[0], *parts[1], [str(d) for d in range(10)], "MNIST (LeCun, Cortes, Burges)", "CC BY-SA 3.0", flip=False)
+    return Raw(
+        *parts[0], *parts[1], [str(d) for d in range(10)], "MNIST (LeCun, Cortes, Burges)", "CC BY-SA 3.0", flip=False
+    )
 
 # %% ../nbs/04_sources.ipynb #f552ad81
 class _ArraysOnly(pickle.Unpickler):
@@ -307,8 +387,10 @@ def _cifar_part(path: Path, label: str, classes: int) -> tuple[np.ndarray, np.nd
         x, y = entry["data"], np.asarray(entry[label])
     except LabError: raise
     except Exception as e: raise _broken(path, f"{type(e).__name__}: {e}") from None  # a pickle can fail in any way
-    if not isinstance(x, np.ndarray) or x.dtype != np.uint8 or x.ndim != 2 or x.shape[1] != 3072: raise _broken(path, "no uint8 array [N, 3072] of images")
-    if y.ndim != 1 or not np.issubdtype(y.dtype, np.integer): raise _broken(path, "labels are not a list of whole numbers")
+    if not isinstance(x, np.ndarray) or x.dtype != np.uint8 or x.ndim != 2 or x.shape[1] != 3072:
+        raise _broken(path, "no uint8 array [N, 3072] of images")
+    if y.ndim != 1 or not np.issubdtype(y.dtype, np.integer):
+        raise _broken(path, "labels are not a list of whole numbers")
     return _labelled(path, x.reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1), y, classes)
 
 # %% ../nbs/04_sources.ipynb #b0e77a1e
@@ -324,26 +406,48 @@ table tank telephone television tiger tractor train trout tulip turtle wardrobe 
 # %% ../nbs/04_sources.ipynb #f6ea3822
 def _cifar(root: Path, size: int, kind: int = 10) -> Raw:
     folder = root / ("cifar-10-batches-py" if kind == 10 else "cifar-100-python")
-    names, label = ([*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"], "labels") if kind == 10 else (["train", "test"], "fine_labels")
+    names, label = (
+        ([*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"], "labels")
+        if kind == 10
+        else (["train", "test"], "fine_labels")
+    )
     files = [folder / n for n in names]
     if not all(f.exists() for f in files):
         import_torchvision()
         from torchvision import datasets
         official = datasets.CIFAR10 if kind == 10 else datasets.CIFAR100
-        _fetch(files, [([official.url], official.filename, official.tgz_md5)], root, root, f"put {official.filename} into {root}, or its files {', '.join(names)} into {folder}")
+        _fetch(
+            files,
+            [([official.url], official.filename, official.tgz_md5)],
+            root,
+            root,
+            f"put {official.filename} into {root}, or its files {', '.join(names)} into {folder}",
+        )
     parts = [_cifar_part(f, label, kind) for f in files]
     x, y = (np.concatenate([p[i] for p in parts[:-1]]) for i in (0, 1))
-    return Raw(x, y, *parts[-1], CIFAR10_CLASSES if kind == 10 else CIFAR100_CLASSES, f"CIFAR-{kind} (Krizhevsky 2009)", "none stated; cite the technical report")
+    return Raw(
+        x,
+        y,
+        *parts[-1],
+        CIFAR10_CLASSES if kind == 10 else CIFAR100_CLASSES,
+        f"CIFAR-{kind} (Krizhevsky 2009)",
+        "none stated; cite the technical report",
+    )
 
 # %% ../nbs/04_sources.ipynb #29bf9432
 def _array(path: Path, x: np.ndarray, what: str) -> np.ndarray:
     "Images as uint8 [N, H, W, C]: bytes as they are, floats in [0, 1] to the nearest of 256 levels."
     x = x[..., None] if x.ndim == 3 else x
-    if x.ndim != 4 or x.shape[3] not in (1, 3): raise LabError(f"{path}: {what} has shape {x.shape}; expected [N, H, W], [N, H, W, 1] or [N, H, W, 3]")
-    if x.shape[1] != x.shape[2] or not len(x): raise LabError(f"{path}: {what} has shape {x.shape}; expected at least one image, all square")
+    if x.ndim != 4 or x.shape[3] not in (1, 3):
+        raise LabError(f"{path}: {what} has shape {x.shape}; expected [N, H, W], [N, H, W, 1] or [N, H, W, 3]")
+    if x.shape[1] != x.shape[2] or not len(x):
+        raise LabError(f"{path}: {what} has shape {x.shape}; expected at least one image, all square")
     if np.issubdtype(x.dtype, np.floating):
         low, high = float(x.min()), float(x.max())  # not a number compares false
-        if not (0 <= low and high <= 1): raise LabError(f"{path}: {what} is {x.dtype} with values {low:g}..{high:g}; expected uint8, or finite floats in [0, 1]")
+        if not (0 <= low and high <= 1):
+            raise LabError(
+                f"{path}: {what} is {x.dtype} with values {low:g}..{high:g}; expected uint8, or finite floats in [0, 1]"
+            )
         x = np.rint(x * 255).astype(np.uint8)
     if x.dtype != np.uint8: raise LabError(f"{path}: {what} is {x.dtype}; expected uint8, or floats in [0, 1]")
     return np.ascontiguousarray(x)
@@ -351,7 +455,8 @@ def _array(path: Path, x: np.ndarray, what: str) -> np.ndarray:
 # %% ../nbs/04_sources.ipynb #47ffa1be
 def _labels(path: Path, y: np.ndarray, what: str, count: int) -> np.ndarray:
     y = y[:, 0] if y.ndim == 2 and y.shape[1] == 1 else y
-    if y.ndim != 1 or not np.issubdtype(y.dtype, np.integer): raise LabError(f"{path}: {what} is {y.dtype} of shape {y.shape}; expected whole numbers [N]")
+    if y.ndim != 1 or not np.issubdtype(y.dtype, np.integer):
+        raise LabError(f"{path}: {what} is {y.dtype} of shape {y.shape}; expected whole numbers [N]")
     if len(y) != count: raise LabError(f"{path}: {what} has {len(y)} labels for {count} images; expected as many")
     return y.astype(np.int64)
 
@@ -359,15 +464,24 @@ def _labels(path: Path, y: np.ndarray, what: str, count: int) -> np.ndarray:
 def check_raw(path: Path, x_train, y_train, x_test, y_test, classes: list[str], source: str, licence: str) -> Raw:
     "Four arrays from outside, checked."
     x_train, x_test = _array(path, x_train, "x_train"), _array(path, x_test, "x_test")
-    if x_train.shape[1:] != x_test.shape[1:]: raise LabError(f"{path}: x_train is {x_train.shape[1:]} an image and x_test {x_test.shape[1:]}; expected the same")
+    if x_train.shape[1:] != x_test.shape[1:]:
+        raise LabError(
+            f"{path}: x_train is {x_train.shape[1:]} an image and x_test {x_test.shape[1:]}; expected the same"
+        )
     y_train, y_test = _labels(path, y_train, "y_train", len(x_train)), _labels(path, y_test, "y_test", len(x_test))
     found = np.unique(y_train)
     c = len(found)
     if c < 2 or not np.array_equal(found, np.arange(c)):
-        raise LabError(f"{path}: y_train holds classes {', '.join(map(str, found[:10]))}{', ...' if c > 10 else ''}; expected 0..C-1, at least two, each at least once")
-    if not 0 <= y_test.min() <= y_test.max() < c: raise LabError(f"{path}: y_test has labels {y_test.min()}..{y_test.max()}; expected 0..{c - 1} as in y_train")
-    if classes and len(classes) != c: raise LabError(f"{path}: {len(classes)} class names for {c} classes; expected as many")
-    return Raw(x_train, y_train, x_test, y_test, classes or [str(i) for i in range(c)], source, licence, named=bool(classes))
+        raise LabError(
+            f"{path}: y_train holds classes {', '.join(map(str, found[:10]))}{', ...' if c > 10 else ''}; expected 0..C-1, at least two, each at least once"
+        )
+    if not 0 <= y_test.min() <= y_test.max() < c:
+        raise LabError(f"{path}: y_test has labels {y_test.min()}..{y_test.max()}; expected 0..{c - 1} as in y_train")
+    if classes and len(classes) != c:
+        raise LabError(f"{path}: {len(classes)} class names for {c} classes; expected as many")
+    return Raw(
+        x_train, y_train, x_test, y_test, classes or [str(i) for i in range(c)], source, licence, named=bool(classes)
+    )
 
 # %% ../nbs/04_sources.ipynb #58625d29
 def load_array(path: Path) -> dict[str, np.ndarray] | np.ndarray:
@@ -380,15 +494,24 @@ def load_array(path: Path) -> dict[str, np.ndarray] | np.ndarray:
     except Exception as e: raise _broken(path, f"{type(e).__name__}: {str(e).splitlines()[0][:150] if str(e) else 'empty'}") from None  # zip, zlib, header and shape errors
 
 # %% ../nbs/04_sources.ipynb #80a2659b
-KNOWN = {"cifar10_jpeg": (CIFAR10_CLASSES, "CIFAR-10 re-encoded as JPEG; not the official pixels", "none stated; cite the technical report")}
+KNOWN = {
+    "cifar10_jpeg": (
+        CIFAR10_CLASSES,
+        "CIFAR-10 re-encoded as JPEG; not the official pixels",
+        "none stated; cite the technical report",
+    )
+}
 
 # %% ../nbs/04_sources.ipynb #ac3ff295
 def _npz(name: str, path: Path) -> Raw:
     arrays = load_array(path)
     if not isinstance(arrays, dict) or (missing := {"x_train", "y_train", "x_test", "y_test"} - set(arrays)):
-        raise LabError(f"{path}: {'no ' + ', '.join(sorted(missing)) if isinstance(arrays, dict) else 'a single array'}; expected a .npz with x_train, y_train, x_test, y_test")
+        raise LabError(
+            f"{path}: {'no ' + ', '.join(sorted(missing)) if isinstance(arrays, dict) else 'a single array'}; expected a .npz with x_train, y_train, x_test, y_test"
+        )
     names = arrays.get("classes", np.array([], dtype="U1"))
-    if names.ndim != 1: raise LabError(f"{path}: classes {list(names.shape)}: expected a name for each class, in one row")
+    if names.ndim != 1:
+        raise LabError(f"{path}: classes {list(names.shape)}: expected a name for each class, in one row")
     names = [c.decode("utf-8", "replace") if isinstance(c, bytes) else str(c) for c in names.tolist()]
     classes, source, licence = KNOWN.get(name, (names, path.name, "as its owner says"))
     return check_raw(path, *(arrays[k] for k in ("x_train", "y_train", "x_test", "y_test")), classes, source, licence)
@@ -405,45 +528,89 @@ def _decode(files: list[Path]) -> np.ndarray:
         try:
             with Image.open(f) as image: pixels = np.asarray(image.convert("RGB"))
         except Exception as e: raise _broken(f, f"{type(e).__name__}: {e}") from None
-        if pixels.shape != (64, 64, 3): raise _broken(f, f"{pixels.shape[1]} x {pixels.shape[0]} pixels, expected 64 x 64")
+        if pixels.shape != (64, 64, 3):
+            raise _broken(f, f"{pixels.shape[1]} x {pixels.shape[0]} pixels, expected 64 x 64")
         return pixels
     with ThreadPoolExecutor(4) as pool: return np.stack(list(pool.map(one, files)))
 
 # %% ../nbs/04_sources.ipynb #0b6774d7
 def _tiny_folder(folder: Path) -> Raw:
     train, names = [], sorted(p.name for p in (folder / "train").glob("*") if p.is_dir())
-    if len(names) != TINY["classes"]: raise LabError(f"{folder}/train has {len(names)} class folders; expected {TINY['classes']} (extract tiny-imagenet-200.zip again)")
+    if len(names) != TINY["classes"]:
+        raise LabError(
+            f"{folder}/train has {len(names)} class folders; expected {TINY['classes']} (extract tiny-imagenet-200.zip again)"
+        )
     for name in names:
         found = sorted((folder / "train" / name / "images").glob("*.JPEG"))
-        if len(found) != TINY["per_class"]: raise LabError(f"{folder}/train/{name}/images has {len(found)} images; expected {TINY['per_class']} (extract tiny-imagenet-200.zip again)")
+        if len(found) != TINY["per_class"]:
+            raise LabError(
+                f"{folder}/train/{name}/images has {len(found)} images; expected {TINY['per_class']} (extract tiny-imagenet-200.zip again)"
+            )
         train += found
     notes = folder / "val" / "val_annotations.txt"
     try: pairs = [line.split("\t")[:2] for line in notes.read_text().splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as e: raise _broken(notes, str(e)) from None
-    if len(pairs) != TINY["test"] or any(len(p) != 2 or p[1] not in names for p in pairs): raise _broken(notes, f"{len(pairs)} lines, expected {TINY['test']} of: file, class folder")
+    if len(pairs) != TINY["test"] or any(len(p) != 2 or p[1] not in names for p in pairs):
+        raise _broken(notes, f"{len(pairs)} lines, expected {TINY['test']} of: file, class folder")
     words = folder / "words.txt"
-    said = dict(line.split("\t", 1) for line in words.read_text(encoding="utf-8").splitlines() if "\t" in line) if words.exists() else {}
+    said = (
+        dict(line.split("\t", 1) for line in words.read_text(encoding="utf-8").splitlines() if "\t" in line)
+        if words.exists()
+        else {}
+    )
     y_test = np.array([names.index(p[1]) for p in pairs])
-    return check_raw(folder, _decode(train), np.repeat(np.arange(len(names)), TINY["per_class"]), _decode([folder / "val" / "images" / p[0] for p in pairs]), y_test,
-                     [said.get(n, n).split(",")[0] for n in names], "Tiny-ImageNet (folder)", "ImageNet terms: non-commercial research")
+    return check_raw(
+        folder,
+        _decode(train),
+        np.repeat(np.arange(len(names)), TINY["per_class"]),
+        _decode([folder / "val" / "images" / p[0] for p in pairs]),
+        y_test,
+        [said.get(n, n).split(",")[0] for n in names],
+        "Tiny-ImageNet (folder)",
+        "ImageNet terms: non-commercial research",
+    )
 
 # %% ../nbs/04_sources.ipynb #9d99ff91
 def _tiny_imagenet(root: Path, size: int) -> Raw:
     files = [root / f"tiny_imagenet_{part}_{kind}.npy" for part in ("train", "test") for kind in ("images", "labels")]
     there = [f for f in files if f.exists()]
     advice = f"put {', '.join(f.name for f in files)} into {root}, or extract tiny-imagenet-200.zip to {root / 'tiny-imagenet-200'}"
-    if there and len(there) < 4: raise LabError(f"{', '.join(f.name for f in files if f not in there)} missing beside {there[0]}; {advice}")
-    if there: return check_raw(root / "tiny_imagenet_*.npy", *map(load_array, files), [], "Tiny-ImageNet (npy)", "ImageNet terms: non-commercial research")
+    if there and len(there) < 4:
+        raise LabError(f"{', '.join(f.name for f in files if f not in there)} missing beside {there[0]}; {advice}")
+    if there:
+        return check_raw(
+            root / "tiny_imagenet_*.npy",
+            *map(load_array, files),
+            [],
+            "Tiny-ImageNet (npy)",
+            "ImageNet terms: non-commercial research",
+        )
     if (root / "tiny-imagenet-200").is_dir(): return _tiny_folder(root / "tiny-imagenet-200")
     try: found = need("datasets", "hf").load_dataset("zh-plus/tiny-imagenet")
     except Exception as e: raise LabError(f"cannot get tiny_imagenet from the Hugging Face hub ({str(e).splitlines()[0][:200] if str(e) else type(e).__name__}); {advice}") from None
-    def part(name): return np.stack([np.asarray(row["image"].convert("RGB")) for row in found[name]]), np.array([row["label"] for row in found[name]])
-    return check_raw("zh-plus/tiny-imagenet", *part("train"), *part("valid"), list(found["train"].features["label"].names), "Tiny-ImageNet (Hugging Face zh-plus/tiny-imagenet)",
-                     "ImageNet terms: non-commercial research")
+    def part(name):
+        return np.stack([np.asarray(row["image"].convert("RGB")) for row in found[name]]), np.array(
+            [row["label"] for row in found[name]]
+        )
+    return check_raw(
+        "zh-plus/tiny-imagenet",
+        *part("train"),
+        *part("valid"),
+        list(found["train"].features["label"].names),
+        "Tiny-ImageNet (Hugging Face zh-plus/tiny-imagenet)",
+        "ImageNet terms: non-commercial research",
+    )
 
 # %% ../nbs/04_sources.ipynb #690aac0d
-SOURCES = {"digits": _digits, "shapes": _shapes, "shapes100": functools.partial(_shapes, classes=100), "mnist": _mnist, "cifar10": _cifar,
-           "cifar100": functools.partial(_cifar, kind=100), "tiny_imagenet": _tiny_imagenet}
+SOURCES = {
+    "digits": _digits,
+    "shapes": _shapes,
+    "shapes100": functools.partial(_shapes, classes=100),
+    "mnist": _mnist,
+    "cifar10": _cifar,
+    "cifar100": functools.partial(_cifar, kind=100),
+    "tiny_imagenet": _tiny_imagenet,
+}
 
 # %% ../nbs/04_sources.ipynb #7a9f8607
 ALIASES = {"cifar": "cifar10"}
@@ -454,7 +621,9 @@ _PRESENT = {"mnist": "MNIST/raw", "cifar10": "cifar-10-batches-py", "cifar100": 
 # %% ../nbs/04_sources.ipynb #a98b9447
 def data_folder(root: str = "") -> Path:
     "Where files are looked for: `root`, else DKD_DATA, else data/ in the project."
-    return project_root() / Path(root or os.environ.get("DKD_DATA", "") or "data").expanduser()  # an absolute path stays what it is
+    return (
+        project_root() / Path(root or os.environ.get("DKD_DATA", "") or "data").expanduser()
+    )  # an absolute path stays what it is
 
 # %% ../nbs/04_sources.ipynb #e01a0844
 def _read(name: str, folder: Path, image_size: int) -> Raw:
@@ -463,4 +632,9 @@ def _read(name: str, folder: Path, image_size: int) -> Raw:
     if name in _PRESENT and npz.exists() and not (folder / _PRESENT[name]).exists(): return _npz(name, npz)
     if name in SOURCES: return SOURCES[name](folder, image_size)
     if re.fullmatch(r"[\w.+=-]+", name) and npz.exists(): return _npz(name, npz)
-    raise unknown("data set", name, {*SOURCES, *ALIASES, *(p.stem for p in folder.glob("*.npz"))}, f"(or put x_train, y_train, x_test, y_test into {folder / 'NAME.npz'})")
+    raise unknown(
+        "data set",
+        name,
+        {*SOURCES, *ALIASES, *(p.stem for p in folder.glob("*.npz"))},
+        f"(or put x_train, y_train, x_test, y_test into {folder / 'NAME.npz'})",
+    )

@@ -1,4 +1,5 @@
-"JupyterLab as `make lab` starts it, in a real browser: open train.ipynb, edit its parameters, run all cells twice, then make a mistake."
+"""JupyterLab as `make lab` starts it, in a real browser: open train.ipynb, edit its parameters, run all cells twice,
+then make a mistake."""
 import importlib.util, json, os, re, shutil, signal, subprocess, sysconfig, time
 from pathlib import Path
 from types import SimpleNamespace
@@ -7,11 +8,25 @@ from conftest import ROOT, losses
 
 pytestmark = pytest.mark.slow
 NOTEBOOK = ROOT / "nbs" / "train.ipynb"
-FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync", "--window-size=1400,1000"]
-SMALL = "tracker, device, threads, epochs, limit, batch_size, log_every, eval_every = 'none', 'cpu', 1, 2, 300, 50, 2, 1"
+FLAGS = [
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--window-size=1400,1000",
+]
+SMALL = (
+    "tracker, device, threads, epochs, limit, batch_size, log_every, eval_every = 'none', 'cpu', 1, 2, 300, 50, 2, 1"
+)
 CELLS = """return [...document.querySelectorAll('.jp-Notebook .jp-CodeCell')].map(cell => ({
-    prompt: cell.querySelector('.jp-InputPrompt').textContent, source: cell.querySelector('.cm-content')?.textContent ?? '',
-    outputs: [...cell.querySelectorAll('.jp-OutputArea-output')].map(o => ({text: o.textContent, images: [...o.querySelectorAll('img')].map(i => i.naturalWidth)}))}))"""
+    prompt: cell.querySelector('.jp-InputPrompt').textContent,
+    source: cell.querySelector('.cm-content')?.textContent ?? '',
+    outputs: [...cell.querySelectorAll('.jp-OutputArea-output')].map(o => ({text: o.textContent,
+    images: [...o.querySelectorAll('img')].map(i => i.naturalWidth)}))}))"""
 ERROR = "LabError: "
 
 class Page:
@@ -20,11 +35,16 @@ class Page:
 
     def wait(self, condition, what: str):
         while not (found := condition()):
-            if time.monotonic() > self.deadline: raise TimeoutError(f"{what}: not within two minutes; the page shows {self.driver.find_element('tag name', 'body').text[-1500:]}")
+            if time.monotonic() > self.deadline:
+                raise TimeoutError(
+                    f"{what}: not within two minutes; the page shows "
+                    f"{self.driver.find_element('tag name', 'body').text[-1500:]}"
+                )
             time.sleep(.2)
         return found
 
-    def find(self, css: str): return self.wait(lambda: [e for e in self.driver.find_elements("css selector", css) if e.is_displayed()], css)
+    def find(self, css: str):
+        return self.wait(lambda: [e for e in self.driver.find_elements("css selector", css) if e.is_displayed()], css)
     def cells(self) -> list[dict]: return self.driver.execute_script(CELLS)
     def keys(self):
         from selenium.webdriver import ActionChains
@@ -36,14 +56,24 @@ class Page:
 
     def open(self, name: str, count: int) -> None:
         self.keys().double_click(self.find(f".jp-DirListing-item[title*='{name}']")[0]).perform()
-        self.wait(lambda: len(self.cells()) == count and all(c["source"] for c in self.cells()), f"the {count} code cells of {name}")
-        def ready():  # before the kernel is chosen the indicator says idle, too, and JupyterLab forgets what it is asked to run
-            return self.find(".jp-Toolbar-kernelName")[-1].text not in ("", "No Kernel") and self.driver.find_elements("css selector", ".jp-Notebook-ExecutionIndicator[data-status=idle]")
+        self.wait(
+            lambda: len(self.cells()) == count and all(c["source"] for c in self.cells()),
+            f"the {count} code cells of {name}",
+        )
+        # before the kernel is chosen the indicator says idle, too, and JupyterLab forgets what it is asked to run
+        def ready():
+            return self.find(".jp-Toolbar-kernelName")[-1].text not in ("", "No Kernel") and self.driver.find_elements(
+                "css selector", ".jp-Notebook-ExecutionIndicator[data-status=idle]"
+            )
         self.wait(ready, "the kernel")
 
     def add_line(self, marker: str, line: str) -> None:
         "Type at the end of the cell that contains `marker`."
-        cell = next(c for c in self.driver.find_elements("css selector", ".jp-CodeCell") if marker in c.get_attribute("textContent"))
+        cell = next(
+            c
+            for c in self.driver.find_elements("css selector", ".jp-CodeCell")
+            if marker in c.get_attribute("textContent")
+        )
         self.driver.execute_script("arguments[0].scrollIntoView()", cell)
         cell.find_element("css selector", ".cm-line").click()
         self.control("END")
@@ -59,13 +89,23 @@ class Page:
             cells = self.cells()
             last = cells[-1]["prompt"]
             failed = any(ERROR in o["text"] for c in cells for o in c["outputs"])
-            return not any("*" in c["prompt"] for c in cells) and (failed or last != before and re.search(r"\d", last)) and cells
+            return (
+                not any("*" in c["prompt"] for c in cells)
+                and (failed or last != before and re.search(r"\d", last))
+                and cells
+            )
         return self.wait(done, "all cells run")
 
     def save(self, path: Path) -> dict:
         before = path.stat().st_mtime_ns
         self.control("s")
-        self.wait(lambda: path.stat().st_mtime_ns != before and not self.driver.find_elements("css selector", ".jp-mod-current.jp-mod-dirty"), f"{path.name} saved")
+        self.wait(
+            lambda: (
+                path.stat().st_mtime_ns != before
+                and not self.driver.find_elements("css selector", ".jp-mod-current.jp-mod-dirty")
+            ),
+            f"{path.name} saved",
+        )
         return json.loads(path.read_text(encoding="utf-8"))
 
 def stop(process: subprocess.Popen, seconds: float) -> None:
@@ -81,7 +121,15 @@ def tools():
     "chromium and its driver."
     browser = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
     driver = shutil.which("chromedriver")
-    missing = [what for what, there in (("chromium", browser), ("chromedriver", driver), ("selenium, pip install -e '.[browser]' -c constraints.txt", importlib.util.find_spec("selenium"))) if not there]
+    missing = [
+        what
+        for what, there in (
+            ("chromium", browser),
+            ("chromedriver", driver),
+            ("selenium, pip install -e '.[browser]' -c constraints.txt", importlib.util.find_spec("selenium")),
+        )
+        if not there
+    ]
     if missing: pytest.skip(f"not installed: {'; '.join(missing)}")
     return browser, driver
 
@@ -92,11 +140,39 @@ def server(tools, tmp_path_factory):
     root, log = base / "root", base / "server.log"
     (root / "nbs").mkdir(parents=True)
     shutil.copy(NOTEBOOK, root / "nbs")
-    own = dict(JUPYTER_CONFIG_DIR=str(base / "config"), JUPYTER_DATA_DIR=str(base / "data"), IPYTHONDIR=str(base / "ipython"), OMP_NUM_THREADS="1", OMP_WAIT_POLICY="passive")
-    env = {k: v for k, v in os.environ.items() if k not in ("DKD_ROOT", "IN_TEST", "MPLBACKEND", "JUPYTER_RUNTIME_DIR", "MAKEFLAGS")} | own
+    own = dict(
+        JUPYTER_CONFIG_DIR=str(base / "config"),
+        JUPYTER_DATA_DIR=str(base / "data"),
+        IPYTHONDIR=str(base / "ipython"),
+        OMP_NUM_THREADS="1",
+        OMP_WAIT_POLICY="passive",
+    )
+    env = {
+        k: v
+        for k, v in os.environ.items()
+        if k not in ("DKD_ROOT", "IN_TEST", "MPLBACKEND", "JUPYTER_RUNTIME_DIR", "MAKEFLAGS")
+    } | own
     flags = "--no-browser" + (" --allow-root" if os.geteuid() == 0 else "")
-    command = ["make", "-f", ROOT / "Makefile", "-o", ".venv/ready", "lab", f"BIN={sysconfig.get_path('scripts')}", f"LAB={flags}"]  # -o: install nothing
-    with open(log, "w") as out: process = subprocess.Popen(command, cwd=root, env=env, stdin=subprocess.DEVNULL, stdout=out, stderr=subprocess.STDOUT, start_new_session=True)
+    command = [
+        "make",
+        "-f",
+        ROOT / "Makefile",
+        "-o",
+        ".venv/ready",
+        "lab",
+        f"BIN={sysconfig.get_path('scripts')}",
+        f"LAB={flags}",
+    ]  # -o: install nothing
+    with open(log, "w") as out:
+        process = subprocess.Popen(
+            command,
+            cwd=root,
+            env=env,
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
     try:
         end = time.monotonic() + 60
         while not (address := re.search(r"http://127\.0\.0\.1:\S+token=\w+", log.read_text())):
@@ -137,7 +213,16 @@ def seen(server, page):
     size = copy.stat().st_size
     page.add_line("run_name: str", "optimizer = 'adamv'")
     wrong = page.run_all()
-    return SimpleNamespace(root=root, first=first, second=second, wrong=wrong, saved=saved, size=size, untouched=NOTEBOOK.read_bytes() == given, log=log.read_text())
+    return SimpleNamespace(
+        root=root,
+        first=first,
+        second=second,
+        wrong=wrong,
+        saved=saved,
+        size=size,
+        untouched=NOTEBOOK.read_bytes() == given,
+        log=log.read_text(),
+    )
 
 def text(cells: list[dict]) -> str: return "\n".join(o["text"] for c in cells for o in c["outputs"])
 def finished(root: Path) -> list[Path]: return sorted(p.parent for p in root.glob("runs/*/metrics.json"))
@@ -152,8 +237,14 @@ def test_all_cells_run_and_say_what_came_out(seen, turn):
 @pytest.mark.parametrize("turn", ["first", "second"])
 def test_every_figure_is_shown_once(seen, turn):
     shown = [image for c in getattr(seen, turn) for o in c["outputs"] for image in o["images"]]
-    saved = {len(list(run.glob("figures/*.png"))) for run in (seen.root / "runs").iterdir() if (run / "metrics.json").exists()}
-    assert saved == {len(shown) - 1} and len(shown) > 5 and min(shown) > 200   # the data, then each figure that the run keeps; drawn, not broken
+    saved = {
+        len(list(run.glob("figures/*.png")))
+        for run in (seen.root / "runs").iterdir()
+        if (run / "metrics.json").exists()
+    }
+    assert (
+        saved == {len(shown) - 1} and len(shown) > 5 and min(shown) > 200
+    )  # the data, then each figure that the run keeps; drawn, not broken
     assert all(sum(len(o["images"]) for o in c["outputs"]) <= 1 for c in getattr(seen, turn))
 
 def test_running_again_in_the_same_kernel_makes_a_second_run_with_the_same_numbers(seen):
@@ -170,8 +261,17 @@ def test_progress_bar_is_readable(seen, turn):
 
 def test_wrong_value_is_one_line_and_starts_nothing(seen):
     at = next(i for i, c in enumerate(seen.wrong) if ERROR in text([c]))
-    assert text([seen.wrong[at]]).strip().splitlines()[-1].startswith(ERROR + "unknown optimiser 'adamv'; did you mean 'adam")
-    assert text(seen.wrong).count(ERROR) == 1 and not text(seen.wrong[at + 1:]) and "Run(cfg" not in "".join(c["source"] for c in seen.wrong[:at + 1])
+    assert (
+        text([seen.wrong[at]])
+        .strip()
+        .splitlines()[-1]
+        .startswith(ERROR + "unknown optimiser 'adamv'; did you mean 'adam")
+    )
+    assert (
+        text(seen.wrong).count(ERROR) == 1
+        and not text(seen.wrong[at + 1 :])
+        and "Run(cfg" not in "".join(c["source"] for c in seen.wrong[: at + 1])
+    )
     assert len(finished(seen.root)) == len([p for p in seen.root.glob("runs/*") if p.is_dir()]) == 2
 
 def test_saving_keeps_the_tag_and_stays_in_the_copy(seen):

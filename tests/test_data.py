@@ -1,6 +1,5 @@
 "Data across processes, and over a real (local) connection."
 import functools, gzip, hashlib, http.server, os, socket, subprocess, sys, threading, time
-from pathlib import Path
 import numpy as np
 import pytest
 
@@ -13,12 +12,19 @@ for name in ("digits", "shapes"):
     found = {}
     for rank in ranks:
         for b in Batches(ds.train, 96, seed=5, epoch=2, rank=rank, world=world):
-            found.update({int(i): hashlib.sha256(bytes([int(y)]) + x.contiguous().numpy().tobytes()).hexdigest() for x, y, i in zip(b.x, b.y, b.index)})
+            for x, y, i in zip(b.x, b.y, b.index):
+                found[int(i)] = hashlib.sha256(bytes([int(y)]) + x.contiguous().numpy().tobytes()).hexdigest()
     print(ds.sha256, *(f"{i}:{h}" for i, h in sorted(found.items())))
 """
 
 def python(code: str, *args, **env) -> str:
-    done = subprocess.run([sys.executable, "-c", code, *map(str, args)], capture_output=True, text=True, timeout=120, env=os.environ | {k: str(v) for k, v in env.items()})
+    done = subprocess.run(
+        [sys.executable, "-c", code, *map(str, args)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=os.environ | {k: str(v) for k, v in env.items()},
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout
 
@@ -27,11 +33,14 @@ def test_processes_and_ranks_see_the_same_pixels():
     assert python(PIXELS, 1, "0", OMP_NUM_THREADS=2, PYTHONHASHSEED=2).splitlines() == alone
     parts = [python(PIXELS, 2, rank).splitlines() for rank in (0, 1)]
     for one, a, b in zip(alone, *parts):
-        (sha, *rows), (_, *left), (_, *right) = one.split(), a.split(), b.split()
+        (_, *rows), (_, *left), (_, *right) = one.split(), a.split(), b.split()
         assert not set(left) & set(right) and sorted(left + right) == sorted(rows) and len(left) == len(right)
 
 def test_import_is_light():
-    heavy = python("import sys, drifting_kd.data; print([m for m in ('torchvision', 'sklearn', 'PIL', 'datasets', 'matplotlib') if m in sys.modules])")
+    heavy = python(
+        "import sys, drifting_kd.data; print([m for m in ('torchvision', 'sklearn', 'PIL', 'datasets', "
+        "'matplotlib') if m in sys.modules])"
+    )
     assert heavy.strip() == "[]"
 
 LOAD = """
@@ -68,7 +77,8 @@ def server(tmp_path):
         yield folder, f"http://127.0.0.1:{httpd.server_port}/"
         httpd.shutdown()
 
-def idx(a: np.ndarray) -> bytes: return bytes([0, 0, 8, a.ndim]) + b"".join(n.to_bytes(4, "big") for n in a.shape) + a.tobytes()
+def idx(a: np.ndarray) -> bytes:
+    return bytes([0, 0, 8, a.ndim]) + b"".join(n.to_bytes(4, "big") for n in a.shape) + a.tobytes()
 
 def test_mnist_is_downloaded_checked_and_unpacked(tmp_path, server, monkeypatch):
     from drifting_kd import data
@@ -89,8 +99,11 @@ def test_mnist_is_downloaded_checked_and_unpacked(tmp_path, server, monkeypatch)
     ds = data.load_dataset("mnist", str(root), val_fraction=.5)
     np.testing.assert_array_equal(ds.test.images[..., 0].numpy(), x)
 
-    (folder / "train-images-idx3-ubyte.gz").write_bytes(gzip.compress(b"something else"))  # what arrives is not what was promised
-    with pytest.raises(data.LabError, match="cannot download train-images-idx3-ubyte.gz"): data.load_dataset("mnist", str(tmp_path / "other"))
+    (folder / "train-images-idx3-ubyte.gz").write_bytes(
+        gzip.compress(b"something else")
+    )  # what arrives is not what was promised
+    with pytest.raises(data.LabError, match="cannot download train-images-idx3-ubyte.gz"):
+        data.load_dataset("mnist", str(tmp_path / "other"))
     assert not list((tmp_path / "other").rglob("*-ubyte"))
 
 def test_cut_off_files_of_any_length_are_named(tmp_path):

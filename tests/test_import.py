@@ -1,9 +1,13 @@
-"Imports cost what they must: nothing heavy before it is used. CPU seconds of fresh processes, not wall time, because other work shares the machine."
+"""Imports cost what they must: nothing heavy before it is used. CPU seconds of fresh processes, not wall time,
+because other work shares the machine."""
 import json, resource, subprocess, sys
 from conftest import ROOT
 
-HEAVY = ("torchvision timm diffusers transformers wandb trackio mlflow keras tensorflow ray optuna sklearn scipy pandas matplotlib seaborn PIL datasets lpips cleanfid accelerate "
-         "papermill nbclient nbdev IPython yaml requests").split()
+HEAVY = (
+    "torchvision timm diffusers transformers wandb trackio mlflow keras tensorflow ray optuna sklearn scipy "
+    "pandas matplotlib seaborn PIL datasets lpips cleanfid accelerate "
+    "papermill nbclient nbdev IPython yaml requests"
+).split()
 LIGHT = ("core", "sweep", "cli")                         # not even torch
 DRAW = """plots report judges drift generate drifting features teachers distill samples scores curves subjects
 evaluate students""".split()
@@ -22,7 +26,8 @@ def cpu(code: str, *args: str) -> float:
     return after.ru_utime - before.ru_utime + after.ru_stime - before.ru_stime
 
 LIBRARY = "import drifting_kd.train"
-TORCHVISION = "import torch\nfrom drifting_kd.core import import_torchvision\nimport_torchvision()"  # a plain import where its compiled operators load
+# a plain import where its compiled operators load
+TORCHVISION = "import torch\nfrom drifting_kd.core import import_torchvision\nimport_torchvision()"
 
 def test_train_imports_as_fast_as_torch_and_torchvision():
     "The best of three measurements that alternate."
@@ -45,9 +50,14 @@ def test_command_line_imports_no_torch():
     assert found == {name: [] for name in LIGHT}
 
 def test_nothing_heavy_is_imported_before_it_is_used():
-    modules = sorted((p.stem for p in (ROOT / "drifting_kd").glob("*.py") if p.stem[0] != "_"), key=lambda m: (m in ALLOWED, m != "train", m))  # those that are allowed something last
+    modules = sorted(
+        (p.stem for p in (ROOT / "drifting_kd").glob("*.py") if p.stem[0] != "_"),
+        key=lambda m: (m in ALLOWED, m != "train", m),
+    )  # those that are allowed something last
     found = json.loads(python(PROBE, json.dumps(HEAVY), *modules).stdout)
-    assert "train" in found and not {m: extra for m, new in found.items() if (extra := sorted(set(new) - ALLOWED.get(m, set())))}
+    assert "train" in found and not {
+        m: extra for m, new in found.items() if (extra := sorted(set(new) - ALLOWED.get(m, set())))
+    }
 
 def test_a_configuration_is_checked_without_importing_the_compiler():
     python("import sys\nfrom drifting_kd.optim import check_optimizer\n"

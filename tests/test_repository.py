@@ -1,4 +1,5 @@
-"The repository as a contributor and pip see it: clean and exported, installable from settings.ini, pinned, and free of anybody's paths."
+"""The repository as a contributor and pip see it: clean and exported, installable from settings.ini, pinned, and free
+of anybody's paths."""
 import importlib.metadata, json, os, re, shutil, subprocess, sys, sysconfig
 from configparser import ConfigParser
 from pathlib import Path
@@ -11,10 +12,15 @@ from conftest import ROOT
 def kept() -> list[Path]:
     "Files of the repository, as far as git knows them; without git, whatever is not in a folder that .gitignore names."
     listed = subprocess.run(["git", "ls-files", "-coz", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True)
-    if listed.returncode == 0 and listed.stdout: return [Path(name) for name in sorted(set(listed.stdout.split("\0"))) if name and (ROOT / name).is_file()]
+    if listed.returncode == 0 and listed.stdout:
+        return [Path(name) for name in sorted(set(listed.stdout.split("\0"))) if name and (ROOT / name).is_file()]
     ignored = {line.strip("/") for line in (ROOT / ".gitignore").read_text().splitlines()} | {".git"}
     paths = (p.relative_to(ROOT) for p in ROOT.rglob("*") if p.is_file())
-    return sorted(p for p in paths if not ignored & set(p.parts) and not any(part.endswith(".egg-info") for part in p.parts) and p.suffix != ".pyc")
+    return sorted(
+        p
+        for p in paths
+        if not ignored & set(p.parts) and not any(part.endswith(".egg-info") for part in p.parts) and p.suffix != ".pyc"
+    )
 
 @pytest.fixture
 def copy(tmp_path):
@@ -23,7 +29,12 @@ def copy(tmp_path):
         shutil.copyfile(ROOT / path, tmp_path / path)
     return tmp_path
 
-def content(folder: Path) -> dict: return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file() and "__pycache__" not in p.parts}
+def content(folder: Path) -> dict:
+    return {
+        str(p.relative_to(folder)): p.read_bytes()
+        for p in folder.rglob("*")
+        if p.is_file() and "__pycache__" not in p.parts
+    }
 
 def tool(folder: Path, *command: str | Path) -> None:
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120)
@@ -39,7 +50,10 @@ def test_clean_and_export_change_nothing(copy):
         changed = sorted(k for k in before | after if before.get(k) != after.get(k))
         assert not changed, f"nbdev_{name} changes {', '.join(changed)}: run `make notebooks` and commit"
 
-def tags(folder: Path) -> list: return [t for c in json.loads((folder / "nbs/train.ipynb").read_text())["cells"] for t in c["metadata"].get("tags", [])]
+def tags(folder: Path) -> list:
+    return [
+        t for c in json.loads((folder / "nbs/train.ipynb").read_text())["cells"] for t in c["metadata"].get("tags", [])
+    ]
 
 def test_the_setting_that_keeps_papermills_tag_matters(copy):
     "Without it nbdev_clean drops the tag, and papermill's values would be overwritten by the defaults."
@@ -63,41 +77,84 @@ def required(extra: str = "") -> dict:
     return {canonicalize_name(r.name): r for r in map(Requirement, filter(None, lines))}
 
 EXTRAS = [key.removesuffix("_requirements") for key in settings() if key.endswith("_requirements")]
-PINS = {canonicalize_name(r.name): r for r in (Requirement(line) for line in (ROOT / "constraints.txt").read_text().splitlines() if line and not line.startswith("#"))}
+PINS = {
+    canonicalize_name(r.name): r
+    for r in (
+        Requirement(line)
+        for line in (ROOT / "constraints.txt").read_text().splitlines()
+        if line and not line.startswith("#")
+    )
+}
 
 def test_setup_says_what_settings_say(copy):
     "Real metadata, made where pkg_resources does not exist."
-    tool(copy, sys.executable, "-c", "import runpy, sys; sys.modules['pkg_resources'] = None; sys.argv = ['setup.py', '-q', 'egg_info']; runpy.run_path('setup.py', run_name='__main__')")
+    tool(
+        copy,
+        sys.executable,
+        "-c",
+        "import runpy, sys; sys.modules['pkg_resources'] = None; sys.argv = ['setup.py', '-q', 'egg_info']; "
+        "runpy.run_path('setup.py', run_name='__main__')",
+    )
     made = importlib.metadata.Distribution.at(copy / "drifting_kd.egg-info")
     cfg = settings()
-    assert (made.name, made.version, made.metadata["Requires-Python"]) == (cfg["lib_name"], cfg["version"], f">={cfg['min_python']}")
+    assert (made.name, made.version, made.metadata["Requires-Python"]) == (
+        cfg["lib_name"],
+        cfg["version"],
+        f">={cfg['min_python']}",
+    )
     assert f'__version__ = "{cfg["version"]}"' in (copy / "drifting_kd/__init__.py").read_text()
     assert sorted(made.metadata.get_all("Provides-Extra")) == sorted(EXTRAS)
     found = {extra: {} for extra in ["", *EXTRAS]}
-    for r in map(Requirement, made.requires): found[re.search(r"""extra == ["'](\w+)""", str(r.marker))[1] if r.marker else ""][canonicalize_name(r.name)] = str(r.specifier)
+    for r in map(Requirement, made.requires):
+        found[re.search(r"""extra == ["'](\w+)""", str(r.marker))[1] if r.marker else ""][canonicalize_name(r.name)] = (
+            str(r.specifier)
+        )
     assert found == {extra: {name: str(r.specifier) for name, r in required(extra).items()} for extra in ["", *EXTRAS]}
-    assert [(e.name, e.value) for e in made.entry_points.select(group="console_scripts")] == [tuple(cfg["console_scripts"].split("="))]
+    assert [(e.name, e.value) for e in made.entry_points.select(group="console_scripts")] == [
+        tuple(cfg["console_scripts"].split("="))
+    ]
 
 def test_every_pin_is_exact():
-    assert all(re.fullmatch(r"==[\w.]+", str(r.specifier)) and not r.marker for r in PINS.values()), [str(r) for r in PINS.values() if not str(r.specifier).startswith("==")]
+    assert all(re.fullmatch(r"==[\w.]+", str(r.specifier)) and not r.marker for r in PINS.values()), [
+        str(r) for r in PINS.values() if not str(r.specifier).startswith("==")
+    ]
 
 @pytest.mark.parametrize("extra", ["", *EXTRAS])
 def test_pins_satisfy_the_ranges(extra):
-    installed = {"", "dev"} | {e for path in ("Makefile", ".ci/run") for group in re.findall(r"-e \"?\.\[([\w,]+)\]", (ROOT / path).read_text()) for e in group.split(",")}
+    installed = {"", "dev"} | {
+        e
+        for path in ("Makefile", ".ci/run")
+        for group in re.findall(r"-e \"?\.\[([\w,]+)\]", (ROOT / path).read_text())
+        for e in group.split(",")
+    }
     for name, requirement in required(extra).items():
-        if name in PINS: assert requirement.specifier.contains(next(iter(PINS[name].specifier)).version), f"{PINS[name]} is outside {requirement}"
-        else: assert extra not in installed, f"make or .ci/run installs {requirement}, which constraints.txt does not pin"
+        if name in PINS:
+            assert requirement.specifier.contains(next(iter(PINS[name].specifier)).version), (
+                f"{PINS[name]} is outside {requirement}"
+            )
+        else:
+            assert extra not in installed, f"make or .ci/run installs {requirement}, which constraints.txt does not pin"
 
 def test_torch_and_torchvision_are_a_pair():
     "torchvision 0.n is built for torch 2.(n-15); the lower ends of the ranges and the pins keep to it."
     pin = {name: Version(next(iter(PINS[name].specifier)).version) for name in ("torch", "torchvision")}
-    low = {name: Version(next(s.version for s in required()[name].specifier if s.operator == ">=")) for name in ("torch", "torchvision")}
+    low = {
+        name: Version(next(s.version for s in required()[name].specifier if s.operator == ">="))
+        for name in ("torch", "torchvision")
+    }
     for pair in (pin, low): assert pair["torch"].major == 2 and pair["torchvision"].minor - pair["torch"].minor == 15
 
 # ---- nothing of the author's machine
 
 def test_no_path_of_anybodys_machine():
     pattern = re.compile(rb"/(?:home|Users|root|work)/[\w.]|\.\./shared|[A-Z]:\\\\?Users")
-    found = [f"{path}: {hit[0].decode()}" for path in kept() if b"\0" not in (text := (ROOT / path).read_bytes()) for hit in pattern.finditer(text)]
+    found = [
+        f"{path}: {hit[0].decode()}"
+        for path in kept()
+        if b"\0" not in (text := (ROOT / path).read_bytes())
+        for hit in pattern.finditer(text)
+    ]
     assert not found, found
-    assert os.fsencode(Path.home()) == b"/" or not [p for p in kept() if os.fsencode(f"{Path.home()}/") in (ROOT / p).read_bytes()]
+    assert os.fsencode(Path.home()) == b"/" or not [
+        p for p in kept() if os.fsencode(f"{Path.home()}/") in (ROOT / p).read_bytes()
+    ]

@@ -21,7 +21,16 @@ class Toy(Config):
         super().__post_init__()
         if self.dataset == "short": self.dataset = "a long name"
 guard = watch_parameters(globals())'''
-CELL = 'run_name: str = ""\nseed: int = 42\nresume: bool = False\ntracker: str = "none"\nproject: str = "p"\noptimizer: str = "sgd"\nlr: float = 0.1\ndataset: str = "toy"\nbetas: tuple = ()\nwait: float = 0.0'
+CELL = """run_name: str = ""
+seed: int = 42
+resume: bool = False
+tracker: str = "none"
+project: str = "p"
+optimizer: str = "sgd"
+lr: float = 0.1
+dataset: str = "toy"
+betas: tuple = ()
+wait: float = 0.0"""
 BODY = '''cfg = guard.read(Toy)
 run = Run(cfg, "toy")
 (run.path / "began").open("a").write("x")
@@ -30,25 +39,47 @@ if cfg.lr > 5:
     raise LabError("the loss or its gradient is not finite at step 1")
 time.sleep(cfg.wait)
 value = .9 - .1 * abs(math.log10(cfg.lr) + {"sgd": 1, "adamw": 3}[cfg.optimizer]) + .001 * cfg.seed
-for epoch in (1, 2): run.log({"train/loss": 1 - value, "val/accuracy": value * epoch / 2, "progress/train_seconds": epoch, "progress/train_cpu_seconds": epoch}, epoch, epoch)
+for epoch in (1, 2):
+    times = {"progress/train_seconds": epoch, "progress/train_cpu_seconds": epoch}
+    run.log({"train/loss": 1 - value, "val/accuracy": value * epoch / 2, **times}, epoch, epoch)
 run.finish({"val/best_accuracy": value, "test/accuracy": 1 - value, "test/last_accuracy": 1 - value})'''
 
 @pytest.fixture
 def toy(lab):
-    cell = lambda source, tags=(): dict(cell_type="code", execution_count=None, metadata={"tags": list(tags)}, outputs=[], source=source)
+    cell = lambda source, tags=(): dict(
+        cell_type="code", execution_count=None, metadata={"tags": list(tags)}, outputs=[], source=source
+    )
     (lab / "nbs").mkdir()
-    (lab / "nbs" / "toy.ipynb").write_text(json.dumps(dict(cells=[cell(TOY), cell(CELL, ["parameters"]), cell(BODY)], nbformat=4, nbformat_minor=4, metadata=dict(kernelspec=dict(name="python3", display_name="p", language="python")))))
+    (lab / "nbs" / "toy.ipynb").write_text(
+        json.dumps(
+            dict(
+                cells=[cell(TOY), cell(CELL, ["parameters"]), cell(BODY)],
+                nbformat=4,
+                nbformat_minor=4,
+                metadata=dict(kernelspec=dict(name="python3", display_name="p", language="python")),
+            )
+        )
+    )
     if (ROOT / "nbs" / "report.ipynb").exists(): shutil.copy(ROOT / "nbs" / "report.ipynb", lab / "nbs")
     return lab
 
-def dkd(*words, **options): return subprocess.run([sys.executable, "-m", "drifting_kd.cli", *map(str, words)], capture_output=True, text=True, timeout=300, **options)
+def dkd(*words, **options):
+    return subprocess.run(
+        [sys.executable, "-m", "drifting_kd.cli", *map(str, words)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        **options,
+    )
 def began(lab) -> dict: return {p.parent.name: len(p.read_text()) for p in (lab / "runs").glob("*/began")}
 
 def test_every_run_once_and_failures_cost_only_themselves(toy):
     matrix = toy / "m.yaml"
     matrix.write_text("notebook: toy\nmatrix: {lr: [0.1, 0.2, 9.0]}\nname: 'lr{lr}'")
     done = dkd("sweep", matrix, "--workers", 2)
-    assert done.returncode == 1 and "1 of 3 runs failed: lr9.0: " in done.stderr and "not finite" in done.stderr, done.stderr
+    assert done.returncode == 1 and "1 of 3 runs failed: lr9.0: " in done.stderr and "not finite" in done.stderr, (
+        done.stderr
+    )
     assert {p.parent.name for p in (toy / "runs").glob("*/metrics.json")} == {"lr0.1", "lr0.2"}
     matrix.write_text("notebook: toy\nmatrix: {lr: [0.1, 0.2, 0.3]}\nname: 'lr{lr}'")
     done = dkd("sweep", matrix)
@@ -66,23 +97,41 @@ def test_what_ends_well_must_have_finished_its_run(toy):
     assert done.returncode == 1 and "runs/lr0.1 is not finished" in done.stderr, done.stdout + done.stderr
 
 def test_a_metric_that_does_not_exist_costs_one_trial(toy):
-    (toy / "s.yaml").write_text("notebook: toy\ncandidates: {sgd: {optimizer: sgd, search: {lr: [0.001, 1.0]}}}\ntrials: 3\nselect: val/best_acuracy\nmode: max\nseeds: [0]")
+    (toy / "s.yaml").write_text(
+        "notebook: toy\ncandidates: {sgd: {optimizer: sgd, search: {lr: [0.001, 1.0]}}}\ntrials: 3\nselect: "
+        "val/best_acuracy\nmode: max\nseeds: [0]"
+    )
     done = dkd("compare", toy / "s.yaml")
-    assert done.returncode == 1 and "did you mean 'val/best_accuracy'" in done.stderr and began(toy) == {"s-sgd-t1": 1}, done.stdout + done.stderr
+    assert (
+        done.returncode == 1 and "did you mean 'val/best_accuracy'" in done.stderr and began(toy) == {"s-sgd-t1": 1}
+    ), done.stdout + done.stderr
 
 def test_a_finished_run_is_known_by_what_it_was_given(toy):
     "Not by what its configuration made of it."
     matrix = toy / "m.yaml"
-    matrix.write_text("notebook: toy\nbase: {dataset: short, betas: '0.9,0.95'}\nmatrix: {lr: [0.1, 1]}\nname: 'lr{lr}'")
+    matrix.write_text(
+        "notebook: toy\nbase: {dataset: short, betas: '0.9,0.95'}\nmatrix: {lr: [0.1, 1]}\nname: 'lr{lr}'"
+    )
     for before in (0, 2):
         done = dkd("sweep", matrix)
-        assert done.returncode == 0 and f"2 runs, {before} of them finished before" in done.stdout, done.stdout + done.stderr
-    assert json.loads((toy / "runs/lr1/config.json").read_text())["dataset"] == "a long name" and began(toy) == {"lr0.1": 1, "lr1": 1}
+        assert done.returncode == 0 and f"2 runs, {before} of them finished before" in done.stdout, (
+            done.stdout + done.stderr
+        )
+    assert json.loads((toy / "runs/lr1/config.json").read_text())["dataset"] == "a long name" and began(toy) == {
+        "lr0.1": 1,
+        "lr1": 1,
+    }
 
 def test_a_terminated_sweep_takes_its_runs_with_it(toy):
     matrix = toy / "m.yaml"
     matrix.write_text("notebook: toy\nbase: {wait: 100.0}\nmatrix: {lr: [0.1, 0.2, 0.3]}\nname: 'lr{lr}'")
-    sweep = subprocess.Popen([sys.executable, "-m", "drifting_kd.cli", "sweep", str(matrix), "--workers", "2"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    sweep = subprocess.Popen(
+        [sys.executable, "-m", "drifting_kd.cli", "sweep", str(matrix), "--workers", "2"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
     end = time.time() + 120  # a kernel may have to be started twice
     while len(began(toy)) < 2 and time.time() < end: time.sleep(.2)
     sweep.terminate()  # this process alone, as `kill` does
@@ -123,7 +172,12 @@ def test_a_sweep_makes_what_another_one_left(toy):
 def test_a_killed_sweep_continues(toy):
     matrix = toy / "m.yaml"
     matrix.write_text("notebook: toy\nbase: {wait: 5.0}\nmatrix: {lr: [0.1]}\nname: 'lr{lr}'")
-    sweep = subprocess.Popen([sys.executable, "-m", "drifting_kd.cli", "sweep", str(matrix)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+    sweep = subprocess.Popen(
+        [sys.executable, "-m", "drifting_kd.cli", "sweep", str(matrix)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
     end = time.time() + 120  # a kernel may have to be started twice
     while not began(toy) and time.time() < end: time.sleep(.2)
     os.killpg(sweep.pid, signal.SIGKILL)
@@ -145,10 +199,15 @@ seeds: [0, 1]""")
     done = dkd("compare", study, "--workers", 2)
     assert done.returncode == 0, done.stdout + done.stderr
     chosen = json.loads((toy / "runs" / "fair.json").read_text())["chosen"]
-    assert [c["parameters"]["lr"] for c in chosen.values()] == [.1, .001]  # the best by validation, though test says the opposite
+    assert [c["parameters"]["lr"] for c in chosen.values()] == [
+        0.1,
+        0.001,
+    ]  # the best by validation, though test says the opposite
     assert chosen["sgd"]["trials"][0]["score"] is None  # it diverged: a trial spent
     assert began(toy) == {f"fair-{n}-{r}": 1 for n in ("sgd", "adamw") for r in ("t1", "t2", "s0", "s1")}
-    assert dkd("compare", study).returncode == 0 and all(n == 1 for n in began(toy).values())  # nothing is run twice, not even what diverged
+    assert dkd("compare", study).returncode == 0 and all(
+        n == 1 for n in began(toy).values()
+    )  # nothing is run twice, not even what diverged
     study.write_text(study.read_text() + "\nby: optimiser")
     done = dkd("compare", study, "--dry-run")
     assert done.returncode == 1 and "could not tell them apart" in done.stderr
