@@ -9,7 +9,9 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from .core import LabError
-from .plots import COLOURS, Picture, as_pixels, distance_dots, image_table, label_ends, styled
+from .plots import COLOURS, Picture, label_ends, styled
+from .gallery import as_pixels, image_table
+from .charts import distance_dots
 from .scores import at_floor_n, best_row, cell_text, distance_of, float_of, same_settings, times_floor
 
 # %% auto #0

@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 from .core import LabError, exact_fp32
-from .plots import COLOURS, Picture, as_array, styled
+from .plots import COLOURS, Picture, styled
+from .gallery import as_array
 
 # %% auto #0
 __all__ = ['FIELD_BLOCK', 'toy_field', 'check_temps', 'compute_V', 'feature_scale', 'drift_loss', 'guidance_weight', 'compiled_V']

@@ -19,7 +19,8 @@ from .core import (
 from .run import Run, locked, try_lock
 from .track import start_tracker
 from .data import load_dataset, splits_hash
-from .plots import class_grid, image_grid, save_figure
+from .plots import save_figure
+from .gallery import class_grid, image_grid
 from .models import count_parameters, model_name
 from .checkpoints import Checkpoint, find_all
 from .extractors import as_extractor, slug

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from .core import LabError, generator, mix, param, unknown
 from .run import Run
 from .data import Dataset, Split
-from .plots import class_grid, save_figure
+from .plots import save_figure
+from .gallery import class_grid
 from .images import to_uint8
 from .extractors import Extractor, as_extractor, default_judge, prompt_accuracy
 from .fid import Stats, reference_stats
