@@ -15,9 +15,9 @@ from torch.nn import functional as F
 from .core import LabError, import_torchvision, mix, need, project_root, unknown
 
 # %% auto #0
-__all__ = ['SHAPES', 'COLOURS', 'MD5', 'TIMEOUT', 'CIFAR10_CLASSES', 'CIFAR100_CLASSES', 'KNOWN', 'TINY', 'SOURCES', 'ALIASES',
-           'hash32', 'permutation', 'stratified', 'Raw', 'array_hash', 'pixel_stats', 'resize', 'draw_shapes',
-           'check_raw', 'load_array', 'data_folder']
+__all__ = ['SHAPES', 'PAINTS', 'MD5', 'TIMEOUT', 'CIFAR10_CLASSES', 'CIFAR100_CLASSES', 'KNOWN', 'TINY', 'IMAGENET_TERMS',
+           'SOURCES', 'ALIASES', 'hash32', 'permutation', 'stratified', 'Raw', 'array_hash', 'pixel_stats', 'resize',
+           'draw_shapes', 'check_raw', 'load_array', 'data_folder']
 
 # %% ../nbs/04_sources.ipynb #b09b090a
 def _scramble(x: Tensor) -> Tensor:
@@ -40,7 +40,19 @@ def permutation(n: int, *numbers: int, device="cpu") -> Tensor:
     "The numbers 0..n-1 in an order that depends on the key only."
     return torch.argsort(hash32(torch.arange(n, device=device), *numbers))
 
-# %% ../nbs/04_sources.ipynb #86b22b6d
+# %% ../nbs/04_sources.ipynb #e638fdc9
+def _shares(counts: Tensor, n: int, most: Tensor) -> Tensor:
+    "How many rows each class gives: its share, largest remainders first, at least one and at most `most`."
+    share = counts.double() * n / counts.sum()
+    take = share.floor().long().clamp(min=1).minimum(most)
+    while (gap := n - int(take.sum())) != 0:  # a few rounds
+        can = take < most if gap > 0 else take > 1
+        need_more = torch.where(can, (share - take) * (1 if gap > 0 else -1), -math.inf)
+        order = need_more.argsort(descending=True, stable=True)[:min(abs(gap), int(can.sum()))]
+        take[order] += 1 if gap > 0 else -1
+    return take
+
+# %% ../nbs/04_sources.ipynb #e0fc5337
 def stratified(labels: Tensor,   # int64 [N]
                n: int,           # rows to choose
                *numbers: int,    # the key
@@ -48,24 +60,15 @@ def stratified(labels: Tensor,   # int64 [N]
               ) -> Tensor:       # sorted rows
     "Choose `n` rows so that every class keeps its share and has at least one."
     counts = torch.bincount(labels)
-    most = counts - leave
+    most, classes = counts - leave, len(counts)
     if (most < 1).any():
         k = int(most.argmin())
-        raise LabError(
-            f"class {k} has {int(counts[k])} images, too few to stratify; expected at least {1 + leave} of each class (add images, or use val_fraction=0)"
-        )
-    if not len(counts) <= n <= int(most.sum()):
-        raise LabError(
-            f"cannot choose {n} of {len(labels)} images with each of {len(counts)} classes in it; expected between {len(counts)} and {int(most.sum())}"
-        )
-    share = counts.double() * n / len(labels)
-    take = share.floor().long().clamp(min=1).minimum(most)
-    while (gap := n - int(take.sum())) != 0:  # a few rounds: largest remainder first, within [1, most]
-        can = take < most if gap > 0 else take > 1
-        need_more = torch.where(can, (share - take) * (1 if gap > 0 else -1), -math.inf)
-        order = need_more.argsort(descending=True, stable=True)[:min(abs(gap), int(can.sum()))]
-        take[order] += 1 if gap > 0 else -1
-    order = permutation(len(labels), *numbers)
+        raise LabError(f"class {k} has {int(counts[k])} images, too few to stratify; expected at least {1 + leave} "
+                       "of each class (add images, or use val_fraction=0)")
+    if not classes <= n <= int(most.sum()):
+        raise LabError(f"cannot choose {n} of {len(labels)} images with each of {classes} classes in it; "
+                       f"expected between {classes} and {int(most.sum())}")
+    take, order = _shares(counts, n, most), permutation(len(labels), *numbers)
     order = order[labels[order].argsort(stable=True)]  # class by class, hashed order within
     first = counts.cumsum(0) - counts
     place = torch.arange(len(labels)) - first[labels[order]]
@@ -167,8 +170,8 @@ SHAPES = {
     "crescent": lambda u, v: np.maximum(_radius(u, v) - 1, np.float32(.85) - _radius(u - np.float32(.55), v)),
 }
 
-# %% ../nbs/04_sources.ipynb #55ab757c
-COLOURS = {
+# %% ../nbs/04_sources.ipynb #34a674c5
+PAINTS = {
     "red": (220, 40, 40),
     "orange": (240, 140, 30),
     "yellow": (235, 225, 50),
@@ -197,7 +200,52 @@ def _paint(image, d, scale, colour, alpha, pixel) -> None:
     cover = np.clip(np.float32(.5) - d * (scale / np.float32(pixel)), 0, 1) * alpha
     image += cover[..., None] * (colour - image)
 
-# %% ../nbs/04_sources.ipynb #9cace395
+# %% ../nbs/04_sources.ipynb #4f262de6
+def _background(draw: _Draw, X, Y) -> np.ndarray:
+    "A colour for each corner, and everything between."
+    corners = [draw(40, 200) + draw(-45, 45, (1, 1, 3))[:, 0] for _ in range(4)]
+    c = [corner.reshape(-1, 1, 1, 3) for corner in corners]
+    a, b = ((X + 1) / 2)[..., None], ((Y + 1) / 2)[..., None]
+    return (c[0] * (1 - a) + c[1] * a) * (1 - b) + (c[2] * (1 - a) + c[3] * a) * b
+
+# %% ../nbs/04_sources.ipynb #ecf78427
+def _clutter(image, draw: _Draw, X, Y, pixel: float) -> None:
+    "Two spots behind the shape."
+    for _ in range(2):
+        r = draw(.06, .22)
+        spot = SHAPES["disk"]((X - draw(-1, 1)) / r, (Y - draw(-1, 1)) / (r * draw(.4, 1.6)))
+        _paint(image, spot, r, draw(20, 235, (1, 1, 3)), draw(.4, 1), pixel)
+
+# %% ../nbs/04_sources.ipynb #269fe118
+def _outline(draw: _Draw, X, Y, coloured: bool) -> tuple:
+    "Coordinates in which the shape is upright and of size one, and how large it is."
+    turn = draw(-.3 if coloured else -.5, .3 if coloured else .5).astype(np.float64)
+    scale, stretch = draw(.6 if coloured else .5, .85 if coloured else .8), draw(.85, 1.18)
+    cos, sin = (np.round(f(turn), 6).astype(np.float32) for f in (np.cos, np.sin))
+    x, y = (X - draw(-.25, .25)) / scale, (Y - draw(-.25, .25)) / scale
+    return (x * cos + y * sin) * stretch, (y * cos - x * sin) / stretch, scale
+
+# %% ../nbs/04_sources.ipynb #c9ec0f95
+def _shape(image, draw: _Draw, X, Y, labels: np.ndarray, coloured: bool, pixel: float) -> None:
+    "The shape of the label, in the colour of the label or in any."
+    u, v, scale = _outline(draw, X, Y, coloured)
+    shape, colour = (labels // 10, labels % 10) if coloured else (labels, draw(0, 10).reshape(-1).astype(np.int64))
+    d = np.empty_like(u)
+    for k, distance in enumerate(SHAPES.values()):
+        if (mine := shape == k).any(): d[mine] = distance(u[mine], v[mine])
+    paint = np.array(list(PAINTS.values()), dtype=np.float32)[colour].reshape(-1, 1, 1, 3) + draw(-18, 18, (1, 1, 3))
+    if coloured: clear = draw(.8, 1) * np.where(draw(0, 1) < .12, np.float32(.15), np.float32(1))
+    else: clear = draw(.6, 1)
+    _paint(image, d, scale, paint, clear, pixel)
+
+# %% ../nbs/04_sources.ipynb #1dc2bf94
+def _strip(image, draw: _Draw, X, Y, pixel: float) -> None:
+    "A strip in front."
+    one, cos, sin = np.float32(1), draw(-1, 1), draw(-1, 1)
+    strip = np.abs(X * cos + Y * sin - draw(-.5, .5)) - draw(.02, .06)
+    _paint(image, strip, one, draw(40, 200, (1, 1, 3)), one, pixel)
+
+# %% ../nbs/04_sources.ipynb #d6b0e3a8
 def draw_shapes(index: Tensor,          # int64 [B], which images
                 labels: np.ndarray,     # int64 [B]
                 size: int,
@@ -205,65 +253,29 @@ def draw_shapes(index: Tensor,          # int64 [B], which images
                 key: int = 0,           # another key draws other images
                ) -> np.ndarray:         # uint8 [B, size, size, 3]
     "Draw images of shapes."
-    draw = _Draw(index, key)
-    axis = ((np.arange(size, dtype=np.float32) + np.float32(.5)) * np.float32(2 / size) - 1)
-    X, Y, pixel = axis[None, None, :], axis[None, :, None], 2 / size
-    corners = [
-        draw(40, 200) + draw(-45, 45, (1, 1, 3))[:, 0] for _ in range(4)
-    ]  # a background that changes from corner to corner
-    corners = [c.reshape(-1, 1, 1, 3) for c in corners]
-    a, b = ((X + 1) / 2)[..., None], ((Y + 1) / 2)[..., None]
-    image = (corners[0] * (1 - a) + corners[1] * a) * (1 - b) + (corners[2] * (1 - a) + corners[3] * a) * b
-    one = np.float32(1)
-    for _ in range(2):  # clutter
-        r = draw(.06, .22)
-        _paint(
-            image,
-            SHAPES["disk"]((X - draw(-1, 1)) / r, (Y - draw(-1, 1)) / (r * draw(0.4, 1.6))),
-            r,
-            draw(20, 235, (1, 1, 3)),
-            draw(0.4, 1),
-            pixel,
-        )
-    turn, scale, stretch = (
-        draw(-0.3 if coloured else -0.5, 0.3 if coloured else 0.5).astype(np.float64),
-        draw(0.6 if coloured else 0.5, 0.85 if coloured else 0.8),
-        draw(0.85, 1.18),
-    )
-    cos, sin = np.round(np.cos(turn), 6).astype(np.float32), np.round(np.sin(turn), 6).astype(np.float32)
-    x, y = (X - draw(-.25, .25)) / scale, (Y - draw(-.25, .25)) / scale
-    u, v = (x * cos + y * sin) * stretch, (y * cos - x * sin) / stretch
-    shape, colour = (labels // 10, labels % 10) if coloured else (labels, (draw(0, 10).reshape(-1)).astype(np.int64))
-    d = np.empty_like(u)
-    for k, distance in enumerate(SHAPES.values()):
-        if (mine := shape == k).any(): d[mine] = distance(u[mine], v[mine])
-    paint = np.array(list(COLOURS.values()), dtype=np.float32)[colour].reshape(-1, 1, 1, 3) + draw(-18, 18, (1, 1, 3))
-    clear = (
-        draw(0.8, 1) * np.where(draw(0, 1) < 0.12, np.float32(0.15), one) if coloured else draw(0.6, 1)
-    )  # of a hundred classes, one image in eight is nearly invisible, the others easy
-    _paint(image, d, scale, paint, clear, pixel)
-    cos, sin = draw(-1, 1), draw(-1, 1)  # a strip in front
-    _paint(image, np.abs(X * cos + Y * sin - draw(-.5, .5)) - draw(.02, .06), one, draw(40, 200, (1, 1, 3)), one, pixel)
+    draw, pixel = _Draw(index, key), 2 / size
+    axis = (np.arange(size, dtype=np.float32) + np.float32(.5)) * np.float32(2 / size) - 1
+    X, Y = axis[None, None, :], axis[None, :, None]
+    image = _background(draw, X, Y)
+    _clutter(image, draw, X, Y, pixel)
+    _shape(image, draw, X, Y, labels, coloured, pixel)
+    _strip(image, draw, X, Y, pixel)
     noise = hash32(index[:, None] * size**2 + torch.arange(size**2), key, 1).numpy().reshape(-1, size, size, 1)
     grain = ((noise >> np.array([0, 10, 20])) & 1023).astype(np.float32) * np.float32(1 / 1023) - np.float32(.5)
-    return np.clip(np.rint(image + grain * draw(5, 20 if coloured else 50)[..., None]), 0, 255).astype(np.uint8)
+    strength = draw(5, 20 if coloured else 50)[..., None]
+    return np.clip(np.rint(image + grain * strength), 0, 255).astype(np.uint8)
 
-# %% ../nbs/04_sources.ipynb #6e691105
+# %% ../nbs/04_sources.ipynb #8bfd1089
 def _shapes(root: Path, size: int, classes: int = 10) -> Raw:
+    "Ten shapes, or ten shapes in ten colours."
     train, test = (10_000, 2_000) if classes == 10 else (25_000, 4_000)
-    index = torch.arange(train + test)
-    y = permutation(train + test, classes, 3) % classes
-    x = np.concatenate(
-        [
-            draw_shapes(i, k.numpy(), size or 32, classes == 100, key=classes)
-            for i, k in zip(index.split(500), y.split(500))
-        ]
-    )
+    index, y = torch.arange(train + test), permutation(train + test, classes, 3) % classes
+    def drawn(i, k): return draw_shapes(i, k.numpy(), size or 32, classes == 100, key=classes)
+    x = np.concatenate([drawn(i, k) for i, k in zip(index.split(500), y.split(500))])
     y = y.numpy()
-    names = list(SHAPES) if classes == 10 else [f"{c} {s}" for s in SHAPES for c in COLOURS]
-    return Raw(
-        x[:train], y[:train], x[train:], y[train:], names, f"drawn by drifting_kd ({classes} classes)", "Apache-2.0"
-    )
+    names = list(SHAPES) if classes == 10 else [f"{c} {s}" for s in SHAPES for c in PAINTS]
+    source = f"drawn by drifting_kd ({classes} classes)"
+    return Raw(x[:train], y[:train], x[train:], y[train:], names, source, "Apache-2.0")
 
 # %% ../nbs/04_sources.ipynb #717b6cfe
 MD5 = {  # of the unpacked official files
@@ -284,47 +296,51 @@ MD5 = {  # of the unpacked official files
 # %% ../nbs/04_sources.ipynb #24da7562
 TIMEOUT = 20  # seconds a server may stay silent
 
-# %% ../nbs/04_sources.ipynb #9cd0c33f
+# %% ../nbs/04_sources.ipynb #629556d6
 def _broken(path, what: str) -> LabError:
-    return LabError(
-        f"{path} is damaged or not what it should be: {what}; delete it and load again, or put a sound copy there"
-    )
+    "The error for a file that is not what it should be."
+    return LabError(f"{path} is damaged or not what it should be: {what}; "
+                    "delete it and load again, or put a sound copy there")
 
-# %% ../nbs/04_sources.ipynb #d3e7fef9
+# %% ../nbs/04_sources.ipynb #98bf8a79
 def _verified(path: Path) -> bytes:
     "The content of an official file, after its checksum."
     try: content = path.read_bytes()
-    except OSError as e: raise LabError(f"cannot read {path} ({e.strerror}); fix its permissions or replace it") from None
-    if (found := hashlib.md5(content).hexdigest()) != MD5[path.name]:
-        raise _broken(path, f"md5 is {found}, expected {MD5[path.name]}")
-    return content
+    except OSError as e:
+        raise LabError(f"cannot read {path} ({e.strerror}); fix its permissions or replace it") from None
+    found = hashlib.md5(content).hexdigest()
+    if found == MD5[path.name]: return content
+    raise _broken(path, f"md5 is {found}, expected {MD5[path.name]}")
 
-# %% ../nbs/04_sources.ipynb #fc58bfbe
-def _fetch(files: list[Path],                       # what must be there in the end
+# %% ../nbs/04_sources.ipynb #342d33b1
+def _first_line(e: BaseException) -> str:
+    "What an error says, in a line."
+    return str(e).splitlines()[0][:150] if str(e) else ""
+
+# %% ../nbs/04_sources.ipynb #b823504d
+def _download(addresses: list[str], name: str, md5: str, folder: Path, unpacked: Path, advice: str) -> None:
+    "One archive from the first address that has it, unpacked."
+    from torchvision.datasets import utils
+    for i, address in enumerate(addresses):
+        try: return utils.download_and_extract_archive(address, str(folder), str(unpacked), name, md5)
+        except Exception as e:
+            if i + 1 < len(addresses): continue
+            raise LabError(f"cannot download {name} ({type(e).__name__}: {_first_line(e)}); {advice}") from None
+
+# %% ../nbs/04_sources.ipynb #76f43039
+def _fetch(files: list[Path],                          # what must be there in the end
            archives: list[tuple[list[str], str, str]], # (addresses, file name, md5) of what holds them
-           folder: Path,                            # where the archives go
-           unpacked: Path,                          # where their content goes
-           advice: str,                             # what to put where by hand
+           folder: Path,                               # where the archives go
+           unpacked: Path,                             # where their content goes
+           advice: str,                                # what to put where by hand
           ) -> None:
     "Download and unpack what is missing; if that fails, say which files to put where."
     if all(f.exists() for f in files): return
     import_torchvision()
-    from torchvision.datasets import utils
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(TIMEOUT)
     try:
-        for addresses, name, md5 in archives:
-            for i, address in enumerate(addresses):
-                try:
-                    utils.download_and_extract_archive(address, str(folder), str(unpacked), name, md5)
-                    break
-                except (
-                    Exception
-                ) as e:  # no network, a server's answer, a wrong checksum, a full disk: one message for the user
-                    if i + 1 == len(addresses):
-                        raise LabError(
-                            f"cannot download {name} ({type(e).__name__}: {str(e).splitlines()[0][:150] if str(e) else ''}); {advice}"
-                        ) from None
+        for archive in archives: _download(*archive, folder, unpacked, advice)
     finally: socket.setdefaulttimeout(before)
     if missing := [f.name for f in files if not f.exists()]:
         raise LabError(f"{', '.join(missing)} not in {files[0].parent} after unpacking; {advice}")
@@ -396,43 +412,32 @@ def _cifar_part(path: Path, label: str, classes: int) -> tuple[np.ndarray, np.nd
 # %% ../nbs/04_sources.ipynb #b0e77a1e
 CIFAR10_CLASSES = "airplane automobile bird cat deer dog frog horse ship truck".split()
 
-# %% ../nbs/04_sources.ipynb #1e154c5d
-CIFAR100_CLASSES = """apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus butterfly camel can castle caterpillar cattle chair
-chimpanzee clock cloud cockroach couch crab crocodile cup dinosaur dolphin elephant flatfish forest fox girl hamster house kangaroo keyboard lamp lawn_mower
-leopard lion lizard lobster man maple_tree motorcycle mountain mouse mushroom oak_tree orange orchid otter palm_tree pear pickup_truck pine_tree plain plate
-poppy porcupine possum rabbit raccoon ray road rocket rose sea seal shark shrew skunk skyscraper snail snake spider squirrel streetcar sunflower sweet_pepper
-table tank telephone television tiger tractor train trout tulip turtle wardrobe whale willow_tree wolf woman worm""".split()
+# %% ../nbs/04_sources.ipynb #4e60be0c
+CIFAR100_CLASSES = """apple aquarium_fish baby bear beaver bed bee beetle bicycle bottle bowl boy bridge bus butterfly
+camel can castle caterpillar cattle chair chimpanzee clock cloud cockroach couch crab crocodile cup dinosaur dolphin
+elephant flatfish forest fox girl hamster house kangaroo keyboard lamp lawn_mower leopard lion lizard lobster man
+maple_tree motorcycle mountain mouse mushroom oak_tree orange orchid otter palm_tree pear pickup_truck pine_tree plain
+plate poppy porcupine possum rabbit raccoon ray road rocket rose sea seal shark shrew skunk skyscraper snail snake
+spider squirrel streetcar sunflower sweet_pepper table tank telephone television tiger tractor train trout tulip turtle
+wardrobe whale willow_tree wolf woman worm""".split()
 
-# %% ../nbs/04_sources.ipynb #f6ea3822
+# %% ../nbs/04_sources.ipynb #4513c3d6
 def _cifar(root: Path, size: int, kind: int = 10) -> Raw:
-    folder = root / ("cifar-10-batches-py" if kind == 10 else "cifar-100-python")
-    names, label = (
-        ([*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"], "labels")
-        if kind == 10
-        else (["train", "test"], "fine_labels")
-    )
+    "CIFAR-10 or CIFAR-100 from the official files."
+    ten = kind == 10
+    folder = root / ("cifar-10-batches-py" if ten else "cifar-100-python")
+    names = [*(f"data_batch_{i}" for i in range(1, 6)), "test_batch"] if ten else ["train", "test"]
     files = [folder / n for n in names]
     if not all(f.exists() for f in files):
         import_torchvision()
         from torchvision import datasets
-        official = datasets.CIFAR10 if kind == 10 else datasets.CIFAR100
-        _fetch(
-            files,
-            [([official.url], official.filename, official.tgz_md5)],
-            root,
-            root,
-            f"put {official.filename} into {root}, or its files {', '.join(names)} into {folder}",
-        )
-    parts = [_cifar_part(f, label, kind) for f in files]
+        official = datasets.CIFAR10 if ten else datasets.CIFAR100
+        advice = f"put {official.filename} into {root}, or its files {', '.join(names)} into {folder}"
+        _fetch(files, [([official.url], official.filename, official.tgz_md5)], root, root, advice)
+    parts = [_cifar_part(f, "labels" if ten else "fine_labels", kind) for f in files]
     x, y = (np.concatenate([p[i] for p in parts[:-1]]) for i in (0, 1))
-    return Raw(
-        x,
-        y,
-        *parts[-1],
-        CIFAR10_CLASSES if kind == 10 else CIFAR100_CLASSES,
-        f"CIFAR-{kind} (Krizhevsky 2009)",
-        "none stated; cite the technical report",
-    )
+    classes = CIFAR10_CLASSES if ten else CIFAR100_CLASSES
+    return Raw(x, y, *parts[-1], classes, f"CIFAR-{kind} (Krizhevsky 2009)", "none stated; cite the technical report")
 
 # %% ../nbs/04_sources.ipynb #29bf9432
 def _array(path: Path, x: np.ndarray, what: str) -> np.ndarray:
@@ -460,7 +465,7 @@ def _labels(path: Path, y: np.ndarray, what: str, count: int) -> np.ndarray:
     if len(y) != count: raise LabError(f"{path}: {what} has {len(y)} labels for {count} images; expected as many")
     return y.astype(np.int64)
 
-# %% ../nbs/04_sources.ipynb #f8925d40
+# %% ../nbs/04_sources.ipynb #d0894316
 def check_raw(path: Path, x_train, y_train, x_test, y_test, classes: list[str], source: str, licence: str) -> Raw:
     "Four arrays from outside, checked."
     x_train, x_test = _array(path, x_train, "x_train"), _array(path, x_test, "x_test")
@@ -473,7 +478,8 @@ def check_raw(path: Path, x_train, y_train, x_test, y_test, classes: list[str], 
     c = len(found)
     if c < 2 or not np.array_equal(found, np.arange(c)):
         raise LabError(
-            f"{path}: y_train holds classes {', '.join(map(str, found[:10]))}{', ...' if c > 10 else ''}; expected 0..C-1, at least two, each at least once"
+            f"{path}: y_train holds classes {', '.join(map(str, found[:10]))}{', ...' if c > 10 else ''}; "
+            "expected 0..C-1, at least two, each at least once"
         )
     if not 0 <= y_test.min() <= y_test.max() < c:
         raise LabError(f"{path}: y_test has labels {y_test.min()}..{y_test.max()}; expected 0..{c - 1} as in y_train")
@@ -483,7 +489,7 @@ def check_raw(path: Path, x_train, y_train, x_test, y_test, classes: list[str], 
         x_train, y_train, x_test, y_test, classes or [str(i) for i in range(c)], source, licence, named=bool(classes)
     )
 
-# %% ../nbs/04_sources.ipynb #58625d29
+# %% ../nbs/04_sources.ipynb #0f67be76
 def load_array(path: Path) -> dict[str, np.ndarray] | np.ndarray:
     "A .npy or .npz file, read whole; nothing in it is executed."
     try:
@@ -491,7 +497,8 @@ def load_array(path: Path) -> dict[str, np.ndarray] | np.ndarray:
             found = np.load(f, allow_pickle=False)
             return {k: found[k] for k in found.files} if hasattr(found, "files") else found
     except FileNotFoundError: raise LabError(f"{path} does not exist") from None
-    except Exception as e: raise _broken(path, f"{type(e).__name__}: {str(e).splitlines()[0][:150] if str(e) else 'empty'}") from None  # zip, zlib, header and shape errors
+    except Exception as e:  # zip, zlib, header and shape errors
+        raise _broken(path, f"{type(e).__name__}: {_first_line(e) or 'empty'}") from None
 
 # %% ../nbs/04_sources.ipynb #80a2659b
 KNOWN = {
@@ -502,12 +509,13 @@ KNOWN = {
     )
 }
 
-# %% ../nbs/04_sources.ipynb #ac3ff295
+# %% ../nbs/04_sources.ipynb #ef3b68f1
 def _npz(name: str, path: Path) -> Raw:
     arrays = load_array(path)
     if not isinstance(arrays, dict) or (missing := {"x_train", "y_train", "x_test", "y_test"} - set(arrays)):
         raise LabError(
-            f"{path}: {'no ' + ', '.join(sorted(missing)) if isinstance(arrays, dict) else 'a single array'}; expected a .npz with x_train, y_train, x_test, y_test"
+            f"{path}: {'no ' + ', '.join(sorted(missing)) if isinstance(arrays, dict) else 'a single array'}; "
+            "expected a .npz with x_train, y_train, x_test, y_test"
         )
     names = arrays.get("classes", np.array([], dtype="U1"))
     if names.ndim != 1:
@@ -533,73 +541,71 @@ def _decode(files: list[Path]) -> np.ndarray:
         return pixels
     with ThreadPoolExecutor(4) as pool: return np.stack(list(pool.map(one, files)))
 
-# %% ../nbs/04_sources.ipynb #0b6774d7
-def _tiny_folder(folder: Path) -> Raw:
-    train, names = [], sorted(p.name for p in (folder / "train").glob("*") if p.is_dir())
+# %% ../nbs/04_sources.ipynb #d1fd1d64
+IMAGENET_TERMS = "ImageNet terms: non-commercial research"
+
+def _tiny_train(folder: Path) -> tuple[list[str], list[Path]]:
+    "The class folders of the complete data set, and their images."
+    again = "(extract tiny-imagenet-200.zip again)"
+    files, names = [], sorted(p.name for p in (folder / "train").glob("*") if p.is_dir())
     if len(names) != TINY["classes"]:
-        raise LabError(
-            f"{folder}/train has {len(names)} class folders; expected {TINY['classes']} (extract tiny-imagenet-200.zip again)"
-        )
+        raise LabError(f"{folder}/train has {len(names)} class folders; expected {TINY['classes']} {again}")
     for name in names:
         found = sorted((folder / "train" / name / "images").glob("*.JPEG"))
         if len(found) != TINY["per_class"]:
             raise LabError(
-                f"{folder}/train/{name}/images has {len(found)} images; expected {TINY['per_class']} (extract tiny-imagenet-200.zip again)"
+                f"{folder}/train/{name}/images has {len(found)} images; expected {TINY['per_class']} {again}"
             )
-        train += found
-    notes = folder / "val" / "val_annotations.txt"
+        files += found
+    return names, files
+
+# %% ../nbs/04_sources.ipynb #830c1292
+def _tiny_notes(notes: Path, names: list[str]) -> list:
+    "File and class folder of each test image."
     try: pairs = [line.split("\t")[:2] for line in notes.read_text().splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as e: raise _broken(notes, str(e)) from None
-    if len(pairs) != TINY["test"] or any(len(p) != 2 or p[1] not in names for p in pairs):
-        raise _broken(notes, f"{len(pairs)} lines, expected {TINY['test']} of: file, class folder")
-    words = folder / "words.txt"
-    said = (
-        dict(line.split("\t", 1) for line in words.read_text(encoding="utf-8").splitlines() if "\t" in line)
-        if words.exists()
-        else {}
-    )
-    y_test = np.array([names.index(p[1]) for p in pairs])
-    return check_raw(
-        folder,
-        _decode(train),
-        np.repeat(np.arange(len(names)), TINY["per_class"]),
-        _decode([folder / "val" / "images" / p[0] for p in pairs]),
-        y_test,
-        [said.get(n, n).split(",")[0] for n in names],
-        "Tiny-ImageNet (folder)",
-        "ImageNet terms: non-commercial research",
-    )
+    if len(pairs) == TINY["test"] and all(len(p) == 2 and p[1] in names for p in pairs): return pairs
+    raise _broken(notes, f"{len(pairs)} lines, expected {TINY['test']} of: file, class folder")
 
-# %% ../nbs/04_sources.ipynb #9d99ff91
-def _tiny_imagenet(root: Path, size: int) -> Raw:
-    files = [root / f"tiny_imagenet_{part}_{kind}.npy" for part in ("train", "test") for kind in ("images", "labels")]
-    there = [f for f in files if f.exists()]
-    advice = f"put {', '.join(f.name for f in files)} into {root}, or extract tiny-imagenet-200.zip to {root / 'tiny-imagenet-200'}"
-    if there and len(there) < 4:
-        raise LabError(f"{', '.join(f.name for f in files if f not in there)} missing beside {there[0]}; {advice}")
-    if there:
-        return check_raw(
-            root / "tiny_imagenet_*.npy",
-            *map(load_array, files),
-            [],
-            "Tiny-ImageNet (npy)",
-            "ImageNet terms: non-commercial research",
-        )
-    if (root / "tiny-imagenet-200").is_dir(): return _tiny_folder(root / "tiny-imagenet-200")
+# %% ../nbs/04_sources.ipynb #a0fdc095
+def _tiny_folder(folder: Path) -> Raw:
+    "Tiny-ImageNet from its extracted archive."
+    names, train = _tiny_train(folder)
+    pairs, words, said = _tiny_notes(folder / "val" / "val_annotations.txt", names), folder / "words.txt", {}
+    if words.exists():
+        said = dict(x.split("\t", 1) for x in words.read_text(encoding="utf-8").splitlines() if "\t" in x)
+    y_train, y_test = np.repeat(np.arange(len(names)), TINY["per_class"]), np.array([names.index(p[1]) for p in pairs])
+    x_test = [folder / "val" / "images" / p[0] for p in pairs]
+    return check_raw(folder, _decode(train), y_train, _decode(x_test), y_test,
+                     [said.get(n, n).split(",")[0] for n in names], "Tiny-ImageNet (folder)", IMAGENET_TERMS)
+
+# %% ../nbs/04_sources.ipynb #29f0942d
+def _tiny_hub(advice: str) -> Raw:
+    "Tiny-ImageNet from the Hugging Face hub."
     try: found = need("datasets", "hf").load_dataset("zh-plus/tiny-imagenet")
-    except Exception as e: raise LabError(f"cannot get tiny_imagenet from the Hugging Face hub ({str(e).splitlines()[0][:200] if str(e) else type(e).__name__}); {advice}") from None
+    except Exception as e:
+        why = str(e).splitlines()[0][:200] if str(e) else type(e).__name__
+        raise LabError(f"cannot get tiny_imagenet from the Hugging Face hub ({why}); {advice}") from None
     def part(name):
-        return np.stack([np.asarray(row["image"].convert("RGB")) for row in found[name]]), np.array(
-            [row["label"] for row in found[name]]
-        )
-    return check_raw(
-        "zh-plus/tiny-imagenet",
-        *part("train"),
-        *part("valid"),
-        list(found["train"].features["label"].names),
-        "Tiny-ImageNet (Hugging Face zh-plus/tiny-imagenet)",
-        "ImageNet terms: non-commercial research",
-    )
+        x = np.stack([np.asarray(row["image"].convert("RGB")) for row in found[name]])
+        return x, np.array([row["label"] for row in found[name]])
+    names = list(found["train"].features["label"].names)
+    return check_raw("zh-plus/tiny-imagenet", *part("train"), *part("valid"), names,
+                     "Tiny-ImageNet (Hugging Face zh-plus/tiny-imagenet)", IMAGENET_TERMS)
+
+# %% ../nbs/04_sources.ipynb #e16573a2
+def _tiny_imagenet(root: Path, size: int) -> Raw:
+    "Tiny-ImageNet from four arrays, the extracted archive, or the hub: first come."
+    files = [root / f"tiny_imagenet_{part}_{kind}.npy" for part in ("train", "test") for kind in ("images", "labels")]
+    there, folder = [f for f in files if f.exists()], root / "tiny-imagenet-200"
+    advice = f"put {', '.join(f.name for f in files)} into {root}, or extract tiny-imagenet-200.zip to {folder}"
+    if there and len(there) < 4:
+        missing = ", ".join(f.name for f in files if f not in there)
+        raise LabError(f"{missing} missing beside {there[0]}; {advice}")
+    if there:
+        arrays = map(load_array, files)
+        return check_raw(root / "tiny_imagenet_*.npy", *arrays, [], "Tiny-ImageNet (npy)", IMAGENET_TERMS)
+    return _tiny_folder(folder) if folder.is_dir() else _tiny_hub(advice)
 
 # %% ../nbs/04_sources.ipynb #690aac0d
 SOURCES = {

@@ -45,8 +45,8 @@ def test_import_is_light():
 
 LOAD = """
 import sys
-from drifting_kd import data
-data.TIMEOUT = 1
+from drifting_kd import sources
+sources.TIMEOUT = 1
 try: data.load_dataset(sys.argv[1], sys.argv[2])
 except data.LabError as e: print(e)
 """
@@ -81,9 +81,9 @@ def idx(a: np.ndarray) -> bytes:
     return bytes([0, 0, 8, a.ndim]) + b"".join(n.to_bytes(4, "big") for n in a.shape) + a.tobytes()
 
 def test_mnist_is_downloaded_checked_and_unpacked(tmp_path, server, monkeypatch):
-    from drifting_kd import data
+    from drifting_kd import sources
     folder, address = server
-    data.import_torchvision()
+    sources.import_torchvision()
     from torchvision.datasets import MNIST
     resources, x = [], np.random.default_rng(0).integers(0, 256, (40, 28, 28), dtype=np.uint8)
     for part in ("train", "t10k"):
@@ -91,7 +91,7 @@ def test_mnist_is_downloaded_checked_and_unpacked(tmp_path, server, monkeypatch)
             name = f"{part}-{kind}-ubyte"
             (folder / f"{name}.gz").write_bytes(gzip.compress(content))
             resources.append((f"{name}.gz", hashlib.md5((folder / f"{name}.gz").read_bytes()).hexdigest()))
-            monkeypatch.setitem(data.MD5, name, hashlib.md5(content).hexdigest())
+            monkeypatch.setitem(sources.MD5, name, hashlib.md5(content).hexdigest())
     monkeypatch.setattr(MNIST, "mirrors", [address + "gone/", address])  # the first mirror has nothing
     monkeypatch.setattr(MNIST, "resources", resources)
     monkeypatch.setenv("no_proxy", "127.0.0.1")
@@ -107,7 +107,7 @@ def test_mnist_is_downloaded_checked_and_unpacked(tmp_path, server, monkeypatch)
     assert not list((tmp_path / "other").rglob("*-ubyte"))
 
 def test_cut_off_files_of_any_length_are_named(tmp_path):
-    from drifting_kd import data
+    from drifting_kd import sources
     rng = np.random.default_rng(0)
     x, y = rng.integers(0, 256, (30, 8, 8), dtype=np.uint8), np.arange(30) % 3
     np.savez_compressed(tmp_path / "cut.npz", x_train=x, y_train=y, x_test=x, y_test=y)
