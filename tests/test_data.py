@@ -45,7 +45,7 @@ def test_import_is_light():
 
 LOAD = """
 import sys
-from drifting_kd import sources
+from drifting_kd import data, sources
 sources.TIMEOUT = 1
 try: data.load_dataset(sys.argv[1], sys.argv[2])
 except data.LabError as e: print(e)
@@ -81,7 +81,7 @@ def idx(a: np.ndarray) -> bytes:
     return bytes([0, 0, 8, a.ndim]) + b"".join(n.to_bytes(4, "big") for n in a.shape) + a.tobytes()
 
 def test_mnist_is_downloaded_checked_and_unpacked(tmp_path, server, monkeypatch):
-    from drifting_kd import sources
+    from drifting_kd import data, sources
     folder, address = server
     sources.import_torchvision()
     from torchvision.datasets import MNIST
@@ -99,15 +99,14 @@ def test_mnist_is_downloaded_checked_and_unpacked(tmp_path, server, monkeypatch)
     ds = data.load_dataset("mnist", str(root), val_fraction=.5)
     np.testing.assert_array_equal(ds.test.images[..., 0].numpy(), x)
 
-    (folder / "train-images-idx3-ubyte.gz").write_bytes(
-        gzip.compress(b"something else")
-    )  # what arrives is not what was promised
+    wrong = gzip.compress(b"something else")  # what arrives is not what was promised
+    (folder / "train-images-idx3-ubyte.gz").write_bytes(wrong)
     with pytest.raises(data.LabError, match="cannot download train-images-idx3-ubyte.gz"):
         data.load_dataset("mnist", str(tmp_path / "other"))
     assert not list((tmp_path / "other").rglob("*-ubyte"))
 
 def test_cut_off_files_of_any_length_are_named(tmp_path):
-    from drifting_kd import sources
+    from drifting_kd import data
     rng = np.random.default_rng(0)
     x, y = rng.integers(0, 256, (30, 8, 8), dtype=np.uint8), np.arange(30) % 3
     np.savez_compressed(tmp_path / "cut.npz", x_train=x, y_train=y, x_test=x, y_test=y)
