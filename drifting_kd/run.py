@@ -21,8 +21,16 @@ def try_lock(path: Path) -> FileLock | None:
     lock = FileLock(path, thread_local=False)
     try: lock.acquire(blocking=False)
     except Timeout: return None
-    with contextlib.suppress(OSError): Path(path).write_text(f"{os.getpid()} {socket.gethostname()}\n")
+    _sign(lock)
     return lock
+
+# %% ../nbs/01_run.ipynb #063a1135
+def _sign(lock: FileLock) -> None:
+    "Write process and host into a lock that is held."
+    handle = lock._context.lock_file_fd
+    with contextlib.suppress(OSError, AttributeError):  # no pwrite on Windows
+        os.ftruncate(handle, 0)
+        os.pwrite(handle, f"{os.getpid()} {socket.gethostname()}\n".encode(), 0)
 
 # %% ../nbs/01_run.ipynb #1f062e37
 def holder(path: Path) -> str:

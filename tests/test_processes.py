@@ -196,3 +196,20 @@ t.Classify.loss = loss"""
     ), out.stderr[-2000:]
     three = train(run_name="three", processes=3, batch_size=51, epochs=1)
     assert three.returncode == 0 and summary(lab / "runs/three")["processes"] == 3, three.stderr[-2000:]
+
+FORKED = """
+import os, sys
+from pathlib import Path
+from drifting_kd.run import is_held, try_lock
+path = Path(sys.argv[1])
+lock = try_lock(path)
+if (child := os.fork()) == 0:
+    lock.release()
+    os._exit(0)
+os.waitpid(child, 0)
+sys.exit(not is_held(path))
+"""
+
+def test_a_process_of_a_training_does_not_free_its_parents_run(tmp_path):
+    "`fit` forks, and each of its processes closes the run in its turn."
+    assert subprocess.run([sys.executable, "-c", FORKED, str(tmp_path / ".lock")]).returncode == 0
