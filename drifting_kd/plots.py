@@ -25,7 +25,7 @@ STYLE = {"font.size": 10, "axes.titlesize": 10, "figure.titlesize": 11, "axes.ax
          "grid.linewidth": .6, "lines.linewidth": 1.6, "axes.prop_cycle": matplotlib.cycler(color=COLOURS),
          "figure.dpi": 85}
 
-# %% ../nbs/06_plots.ipynb #b36fcf34
+# %% ../nbs/06_plots.ipynb #7bb7dfb2
 class Picture(Figure):
     "A matplotlib figure that shows itself in a notebook without pyplot's list of open figures."
     saved = b""  # the PNG of save_figure
@@ -39,7 +39,8 @@ class Picture(Figure):
         else:
             self.savefig(full := io.BytesIO(), format="png", bbox_inches="tight")
             image = Image.open(full).convert("RGB")
-        image.quantize(64, dither=Image.Dither.NONE).save(small, format="png", optimize=True)
+        palette = dict(method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+        image.quantize(64, **palette).save(small, format="png", optimize=True)
         return small.getvalue()
 
 # %% ../nbs/06_plots.ipynb #115558b9
