@@ -91,12 +91,12 @@ def _draw_damage(ax, runs: dict, kind: str, x: list) -> tuple:
         ends.append((label, x[-1], mean[-1], colour, mean[0]))
     return ends, bands, cut
 
-# %% ../nbs/08_charts.ipynb #cb337bcd
+# %% ../nbs/08_charts.ipynb #67a6ea75
 def _damage_panel(ax, runs: dict, kind: str, x: list, named: bool) -> None:
     "One kind of damage: lines, and who stands it best."
     ends, bands, cut = _draw_damage(ax, runs, kind, x)
     words = with_band("severity", bands, same_n(runs), "; it goes on beyond 0 or 1" if cut else "")
-    ax.set(xlabel="\n".join(textwrap.wrap(words, 46)), ylim=(0, 1.02), xticks=x)
+    ax.set(xlabel="\n".join(textwrap.wrap(words, 32)), ylim=(0, 1.02), xticks=x)
     name, _, value, _, clean = max(ends, key=lambda e: -1 if math.isnan(e[2]) else e[2])
     if len(runs) == 1: ax.set_title(f"{kind}: {100 * clean:.1f} % become {100 * value:.1f} %")
     else: ax.set_title(f"{kind}, severity {x[-1]}: best is\n{name}, {100 * value:.1f} %")
