@@ -22,16 +22,15 @@ __all__ = ['GATHER_BLOCK', 'CONSTANTS', 'upload', 'Split', 'Dataset', 'num_views
            'pixel_constants', 'normalize', 'strong_pixels', 'split_rows', 'make_dataset', 'load_dataset', 'splits_hash',
            'save_splits']
 
-# %% ../nbs/05_data.ipynb #36afe915
+# %% ../nbs/05_data.ipynb #be1ead09
 def upload(x: Tensor, # on the CPU; others come as they are
            device) -> Tensor:
     "A tensor of the host on a device, without waiting for the device."
     device = torch.device(device)
     if x.is_cpu and device.type == "cuda" and x.nbytes < 2**22:
         x = x.pin_memory()  # only from there a GPU copies by itself; a large one costs more to pin than to wait for
-    return x.to(
-        device, non_blocking=x.is_cpu and device.type != "mps"
-    )  # MPS may read the host's memory after it was given back
+    waits = not x.is_cpu or device.type == "mps"  # MPS may read the host's memory after it was given back
+    return x.to(device, non_blocking=not waits)
 
 # %% ../nbs/05_data.ipynb #4636693e
 @dataclass
@@ -132,11 +131,9 @@ class Batch(NamedTuple):
     index: Tensor  # int64 [B], original index
     view: Tensor   # int64 [B], which view of the image x is
 
-# %% ../nbs/05_data.ipynb #bb891086
+# %% ../nbs/05_data.ipynb #4b2e5f79
 _ORDER, _VIEW = 1, 2  # streams of the hash
-
-# %% ../nbs/05_data.ipynb #3b323972
-GATHER_BLOCK = 512           # images a gather; several small batches share one
+GATHER_BLOCK = 512    # images a gather; several small batches share one
 
 # %% ../nbs/05_data.ipynb #b9770065
 class Batches:
@@ -222,7 +219,7 @@ def pixel_constants(mean: tuple, std: tuple, width: int, device: torch.device) -
         row = [torch.tensor(v, dtype=torch.float32).repeat(width).to(device) for v in (mean, std)]
         return torch.full((1,), 255., device=device), *row
 
-# %% ../nbs/05_data.ipynb #a3da8000
+# %% ../nbs/05_data.ipynb #0be3a337
 def normalize(x: Tensor,           # uint8 [B, C, H, W]
               mean: tuple,         # per channel, of [0,1] pixels
               std: tuple,
@@ -231,12 +228,11 @@ def normalize(x: Tensor,           # uint8 [B, C, H, W]
     "`(x/255 - mean)/std` in fp32, rounded once to `dtype`."
     b, c, h, w = x.shape
     by, m, s = pixel_constants(tuple(mean), tuple(std), w, x.device)
-    row = (
-        x.permute(0, 2, 3, 1).reshape(b, h, w * c).to(torch.float32, copy=True)
-    )  # rows of pixels: channels alone are too short to be fast
+    rows = x.permute(0, 2, 3, 1).reshape(b, h, w * c)  # channels alone are too short to be fast
+    row = rows.to(torch.float32, copy=True)
     return row.div_(by).sub_(m).div_(s).to(dtype).view(b, h, w, c).permute(0, 3, 1, 2)
 
-# %% ../nbs/05_data.ipynb #80b2aa32
+# %% ../nbs/05_data.ipynb #184cb16d
 def _bent(x: Tensor, draws: Tensor) -> Tensor:
     "Images turned, sheared and shifted, by five draws each in [-1, 1)."
     turn, shear, slant, right, down = draws
@@ -270,10 +266,10 @@ def strong_pixels(x: Tensor,      # uint8 [B, C, H, W], the usual views
     y = y.masked_fill(hole, 0).round().clamp(0, 255).to(torch.uint8)
     return y.contiguous(memory_format=torch.channels_last)
 
-# %% ../nbs/05_data.ipynb #6dc34ddb
-# the usual ones; the std is a mean of per-image ones
+# %% ../nbs/05_data.ipynb #2ad342b0
 CONSTANTS = {n: ((.4914, .4822, .4465), (.2023, .1994, .2010)) for n in ("cifar10", "cifar10_jpeg")}
 
+# %% ../nbs/05_data.ipynb #19662eb5
 def split_rows(name: str, raw: Raw, val_fraction: float, split_seed: int, limit: int) -> tuple[Tensor, Tensor]:
     "Which rows train and which validate."
     labels = torch.from_numpy(raw.y_train)
@@ -304,7 +300,7 @@ def make_dataset(name: str, raw: Raw, image_size: int = 0, val_fraction: float =
     return Dataset(name, train, val, test, list(raw.classes), mean, std, size // 8, flip, sha256, raw.source,
                    raw.licence, raw.named)
 
-# %% ../nbs/05_data.ipynb #4a1d2af6
+# %% ../nbs/05_data.ipynb #24e35f99
 def load_dataset(name: str,                   # one of SOURCES, or a .npz in `root`
                  root: str = "",              # folder of the files; "" is DKD_DATA, else data/ in the project
                  image_size: int = 0,         # resize to this (shapes are drawn at it); 0 is the data's own
@@ -322,24 +318,18 @@ def load_dataset(name: str,                   # one of SOURCES, or a .npz in `ro
     if normalization not in ("data", "constants"): raise unknown("normalization", normalization, ("data", "constants"))
     if normalization == "constants" and name not in CONSTANTS:
         raise LabError(f"normalization='constants': known for {', '.join(CONSTANTS)} only; use 'data' for {name}")
-    return make_dataset(
-        name, _read(name, data_folder(root), image_size), image_size, val_fraction, split_seed, limit, normalization
-    )
+    raw = _read(name, data_folder(root), image_size)
+    return make_dataset(name, raw, image_size, val_fraction, split_seed, limit, normalization)
 
 # %% ../nbs/05_data.ipynb #b1d8a00a
 def splits_hash(dataset: Dataset) -> str:
     "One hash of which images are train, val and test."
     return array_hash(*(s.indices.numpy() for s in (dataset.train, dataset.val, dataset.test)))
 
-# %% ../nbs/05_data.ipynb #d3a15e1b
+# %% ../nbs/05_data.ipynb #953be85c
 def save_splits(path: str | Path, dataset: Dataset) -> str:
     "Write the original indices and their hash to an .npz, atomically; returns the hash."
     digest = splits_hash(dataset)
-    with atomic_write(path) as f:
-        np.savez(
-            f,
-            **{part: getattr(dataset, part).indices.numpy() for part in ("train", "val", "test")},
-            hash=np.array(digest),
-            sha256=np.array(dataset.sha256),
-        )
+    indices = {part: getattr(dataset, part).indices.numpy() for part in ("train", "val", "test")}
+    with atomic_write(path) as f: np.savez(f, **indices, hash=np.array(digest), sha256=np.array(dataset.sha256))
     return digest

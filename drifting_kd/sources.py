@@ -96,7 +96,7 @@ def array_hash(*arrays: np.ndarray) -> str:
         h.update(np.ascontiguousarray(a).data)
     return h.hexdigest()
 
-# %% ../nbs/04_sources.ipynb #a04ebd64
+# %% ../nbs/04_sources.ipynb #f14a71a5
 def pixel_stats(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
     "Mean and standard deviation of [0,1] pixels per channel, exact in float64 from counts of the 256 values."
     flat = images.reshape(-1, images.shape[-1])
@@ -104,27 +104,24 @@ def pixel_stats(images: Tensor) -> tuple[tuple[float, ...], tuple[float, ...]]:
     value = torch.arange(256, dtype=torch.float64) / 255
     mean = (counts * value).sum(1) / len(flat)
     var = (counts * (value - mean[:, None])**2).sum(1) / len(flat)
-    return tuple(mean.tolist()), tuple(
-        var.sqrt().clamp(min=1 / 255).tolist()
-    )  # a constant channel must not divide by zero
+    std = var.sqrt().clamp(min=1 / 255)  # a constant channel must not divide by zero
+    return tuple(mean.tolist()), tuple(std.tolist())
 
-# %% ../nbs/04_sources.ipynb #dc3631c5
+# %% ../nbs/04_sources.ipynb #ea94035f
 def resize(images: Tensor, size: int) -> Tensor:
     "Square uint8 images at another size, bilinear with antialiasing."
     if images.shape[1] == images.shape[2] == size: return images
     if not len(images): return images.new_zeros(0, size, size, images.shape[3])
     def one(part):
-        return F.interpolate(
-            part.permute(0, 3, 1, 2).float(), (size, size), mode="bilinear", antialias=True, align_corners=False
-        )
-    return torch.cat(
-        [one(part).round().clamp(0, 255).byte().permute(0, 2, 3, 1).contiguous() for part in images.split(4096)]
-    )
+        x = part.permute(0, 3, 1, 2).float()
+        x = F.interpolate(x, (size, size), mode="bilinear", antialias=True, align_corners=False)
+        return x.round().clamp(0, 255).byte().permute(0, 2, 3, 1).contiguous()
+    return torch.cat([one(part) for part in images.split(4096)])
 
 # %% ../nbs/04_sources.ipynb #32899964
 _VAL, _LIMIT, _TEST = 11, 12, 13  # streams of the hash
 
-# %% ../nbs/04_sources.ipynb #9504fc92
+# %% ../nbs/04_sources.ipynb #8c084f72
 def _digits(root: Path, size: int) -> Raw:
     file = Path(importlib.util.find_spec("sklearn").origin).parent / "datasets" / "data" / "digits.csv.gz"
     if file.exists(): found = np.loadtxt(file, delimiter=",")  # importing scikit-learn takes seconds
@@ -135,15 +132,8 @@ def _digits(root: Path, size: int) -> Raw:
     y = found[:, -1].astype(np.int64)
     test = np.zeros(len(y), dtype=bool)
     test[stratified(torch.from_numpy(y), round(.2 * len(y)), 0, _TEST).numpy()] = True
-    return Raw(
-        x[~test],
-        y[~test],
-        x[test],
-        y[test],
-        [str(d) for d in range(10)],
-        "scikit-learn digits (UCI optical recognition of handwritten digits)",
-        "CC BY 4.0",
-    )
+    source = "scikit-learn digits (UCI optical recognition of handwritten digits)"
+    return Raw(x[~test], y[~test], x[test], y[test], [str(d) for d in range(10)], source, "CC BY 4.0")
 
 # %% ../nbs/04_sources.ipynb #0e680426
 def _half_planes(u, v, k: int) -> np.ndarray:
@@ -293,9 +283,6 @@ MD5 = {  # of the unpacked official files
     "test": "f0ef6b0ae62326f3e7ffdfab6717acfc",
 }
 
-# %% ../nbs/04_sources.ipynb #24da7562
-TIMEOUT = 20  # seconds a server may stay silent
-
 # %% ../nbs/04_sources.ipynb #629556d6
 def _broken(path, what: str) -> LabError:
     "The error for a file that is not what it should be."
@@ -327,7 +314,9 @@ def _download(addresses: list[str], name: str, md5: str, folder: Path, unpacked:
             if i + 1 < len(addresses): continue
             raise LabError(f"cannot download {name} ({type(e).__name__}: {_first_line(e)}); {advice}") from None
 
-# %% ../nbs/04_sources.ipynb #76f43039
+# %% ../nbs/04_sources.ipynb #ee09b8c3
+TIMEOUT = 20  # seconds a server may stay silent
+
 def _fetch(files: list[Path],                          # what must be there in the end
            archives: list[tuple[list[str], str, str]], # (addresses, file name, md5) of what holds them
            folder: Path,                               # where the archives go
@@ -364,7 +353,7 @@ def _labelled(path: Path, x: np.ndarray, y: np.ndarray, classes: int) -> tuple[n
         raise _broken(path, f"labels {int(y.min())}..{int(y.max())}, expected 0..{classes - 1}")
     return np.ascontiguousarray(x), y.astype(np.int64)
 
-# %% ../nbs/04_sources.ipynb #38057562
+# %% ../nbs/04_sources.ipynb #eea4da49
 def _mnist(root: Path, size: int) -> Raw:
     folder = root / "MNIST" / "raw"
     files = [folder / f"{part}-{kind}-ubyte" for part in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")]
@@ -372,17 +361,11 @@ def _mnist(root: Path, size: int) -> Raw:
         import_torchvision()
         from torchvision.datasets import MNIST
         archives = [([m + name for m in MNIST.mirrors], name, md5) for name, md5 in MNIST.resources]
-        _fetch(
-            files,
-            archives,
-            folder,
-            folder,
-            f"put {', '.join(f.name for f in files)} (or the same with .gz) into {folder}",
-        )
+        advice = f"put {', '.join(f.name for f in files)} (or the same with .gz) into {folder}"
+        _fetch(files, archives, folder, folder, advice)
     parts = [_labelled(files[i], _idx(files[i], 3)[..., None], _idx(files[i + 1], 1), 10) for i in (0, 2)]
-    return Raw(
-        *parts[0], *parts[1], [str(d) for d in range(10)], "MNIST (LeCun, Cortes, Burges)", "CC BY-SA 3.0", flip=False
-    )
+    names, source = [str(d) for d in range(10)], "MNIST (LeCun, Cortes, Burges)"
+    return Raw(*parts[0], *parts[1], names, source, "CC BY-SA 3.0", flip=False)
 
 # %% ../nbs/04_sources.ipynb #f552ad81
 class _ArraysOnly(pickle.Unpickler):
@@ -439,7 +422,7 @@ def _cifar(root: Path, size: int, kind: int = 10) -> Raw:
     classes = CIFAR10_CLASSES if ten else CIFAR100_CLASSES
     return Raw(x, y, *parts[-1], classes, f"CIFAR-{kind} (Krizhevsky 2009)", "none stated; cite the technical report")
 
-# %% ../nbs/04_sources.ipynb #29bf9432
+# %% ../nbs/04_sources.ipynb #e8b68529
 def _array(path: Path, x: np.ndarray, what: str) -> np.ndarray:
     "Images as uint8 [N, H, W, C]: bytes as they are, floats in [0, 1] to the nearest of 256 levels."
     x = x[..., None] if x.ndim == 3 else x
@@ -450,9 +433,8 @@ def _array(path: Path, x: np.ndarray, what: str) -> np.ndarray:
     if np.issubdtype(x.dtype, np.floating):
         low, high = float(x.min()), float(x.max())  # not a number compares false
         if not (0 <= low and high <= 1):
-            raise LabError(
-                f"{path}: {what} is {x.dtype} with values {low:g}..{high:g}; expected uint8, or finite floats in [0, 1]"
-            )
+            raise LabError(f"{path}: {what} is {x.dtype} with values {low:g}..{high:g}; "
+                           "expected uint8, or finite floats in [0, 1]")
         x = np.rint(x * 255).astype(np.uint8)
     if x.dtype != np.uint8: raise LabError(f"{path}: {what} is {x.dtype}; expected uint8, or floats in [0, 1]")
     return np.ascontiguousarray(x)
@@ -465,29 +447,25 @@ def _labels(path: Path, y: np.ndarray, what: str, count: int) -> np.ndarray:
     if len(y) != count: raise LabError(f"{path}: {what} has {len(y)} labels for {count} images; expected as many")
     return y.astype(np.int64)
 
-# %% ../nbs/04_sources.ipynb #d0894316
+# %% ../nbs/04_sources.ipynb #7896ae59
 def check_raw(path: Path, x_train, y_train, x_test, y_test, classes: list[str], source: str, licence: str) -> Raw:
     "Four arrays from outside, checked."
     x_train, x_test = _array(path, x_train, "x_train"), _array(path, x_test, "x_test")
     if x_train.shape[1:] != x_test.shape[1:]:
-        raise LabError(
-            f"{path}: x_train is {x_train.shape[1:]} an image and x_test {x_test.shape[1:]}; expected the same"
-        )
+        raise LabError(f"{path}: x_train is {x_train.shape[1:]} an image and x_test {x_test.shape[1:]}; "
+                       "expected the same")
     y_train, y_test = _labels(path, y_train, "y_train", len(x_train)), _labels(path, y_test, "y_test", len(x_test))
     found = np.unique(y_train)
     c = len(found)
     if c < 2 or not np.array_equal(found, np.arange(c)):
-        raise LabError(
-            f"{path}: y_train holds classes {', '.join(map(str, found[:10]))}{', ...' if c > 10 else ''}; "
-            "expected 0..C-1, at least two, each at least once"
-        )
+        raise LabError(f"{path}: y_train holds classes {', '.join(map(str, found[:10]))}{', ...' if c > 10 else ''}; "
+                       "expected 0..C-1, at least two, each at least once")
     if not 0 <= y_test.min() <= y_test.max() < c:
         raise LabError(f"{path}: y_test has labels {y_test.min()}..{y_test.max()}; expected 0..{c - 1} as in y_train")
     if classes and len(classes) != c:
         raise LabError(f"{path}: {len(classes)} class names for {c} classes; expected as many")
-    return Raw(
-        x_train, y_train, x_test, y_test, classes or [str(i) for i in range(c)], source, licence, named=bool(classes)
-    )
+    names = classes or [str(i) for i in range(c)]
+    return Raw(x_train, y_train, x_test, y_test, names, source, licence, named=bool(classes))
 
 # %% ../nbs/04_sources.ipynb #0f67be76
 def load_array(path: Path) -> dict[str, np.ndarray] | np.ndarray:
@@ -500,23 +478,18 @@ def load_array(path: Path) -> dict[str, np.ndarray] | np.ndarray:
     except Exception as e:  # zip, zlib, header and shape errors
         raise _broken(path, f"{type(e).__name__}: {_first_line(e) or 'empty'}") from None
 
-# %% ../nbs/04_sources.ipynb #80a2659b
-KNOWN = {
-    "cifar10_jpeg": (
-        CIFAR10_CLASSES,
-        "CIFAR-10 re-encoded as JPEG; not the official pixels",
-        "none stated; cite the technical report",
-    )
+# %% ../nbs/04_sources.ipynb #95f8c23a
+KNOWN = {  # classes, source and licence of files that are known by their name
+    "cifar10_jpeg": (CIFAR10_CLASSES, "CIFAR-10 re-encoded as JPEG; not the official pixels",
+                     "none stated; cite the technical report"),
 }
 
-# %% ../nbs/04_sources.ipynb #ef3b68f1
+# %% ../nbs/04_sources.ipynb #d7e0c7cf
 def _npz(name: str, path: Path) -> Raw:
     arrays = load_array(path)
     if not isinstance(arrays, dict) or (missing := {"x_train", "y_train", "x_test", "y_test"} - set(arrays)):
-        raise LabError(
-            f"{path}: {'no ' + ', '.join(sorted(missing)) if isinstance(arrays, dict) else 'a single array'}; "
-            "expected a .npz with x_train, y_train, x_test, y_test"
-        )
+        what = "no " + ", ".join(sorted(missing)) if isinstance(arrays, dict) else "a single array"
+        raise LabError(f"{path}: {what}; expected a .npz with x_train, y_train, x_test, y_test")
     names = arrays.get("classes", np.array([], dtype="U1"))
     if names.ndim != 1:
         raise LabError(f"{path}: classes {list(names.shape)}: expected a name for each class, in one row")
@@ -541,7 +514,7 @@ def _decode(files: list[Path]) -> np.ndarray:
         return pixels
     with ThreadPoolExecutor(4) as pool: return np.stack(list(pool.map(one, files)))
 
-# %% ../nbs/04_sources.ipynb #d1fd1d64
+# %% ../nbs/04_sources.ipynb #d4e2e0d4
 IMAGENET_TERMS = "ImageNet terms: non-commercial research"
 
 def _tiny_train(folder: Path) -> tuple[list[str], list[Path]]:
@@ -553,9 +526,8 @@ def _tiny_train(folder: Path) -> tuple[list[str], list[Path]]:
     for name in names:
         found = sorted((folder / "train" / name / "images").glob("*.JPEG"))
         if len(found) != TINY["per_class"]:
-            raise LabError(
-                f"{folder}/train/{name}/images has {len(found)} images; expected {TINY['per_class']} {again}"
-            )
+            raise LabError(f"{folder}/train/{name}/images has {len(found)} images; "
+                           f"expected {TINY['per_class']} {again}")
         files += found
     return names, files
 
@@ -618,29 +590,22 @@ SOURCES = {
     "tiny_imagenet": _tiny_imagenet,
 }
 
-# %% ../nbs/04_sources.ipynb #7a9f8607
+# %% ../nbs/04_sources.ipynb #db2ed69f
 ALIASES = {"cifar": "cifar10"}
+_PRESENT = {"mnist": "MNIST/raw", "cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python"}  # where files lie
 
-# %% ../nbs/04_sources.ipynb #f27ced0e
-_PRESENT = {"mnist": "MNIST/raw", "cifar10": "cifar-10-batches-py", "cifar100": "cifar-100-python"}
-
-# %% ../nbs/04_sources.ipynb #a98b9447
+# %% ../nbs/04_sources.ipynb #2e4bd9f2
 def data_folder(root: str = "") -> Path:
     "Where files are looked for: `root`, else DKD_DATA, else data/ in the project."
-    return (
-        project_root() / Path(root or os.environ.get("DKD_DATA", "") or "data").expanduser()
-    )  # an absolute path stays what it is
+    given = root or os.environ.get("DKD_DATA", "") or "data"
+    return project_root() / Path(given).expanduser()  # an absolute path stays what it is
 
-# %% ../nbs/04_sources.ipynb #e01a0844
+# %% ../nbs/04_sources.ipynb #34d1ded1
 def _read(name: str, folder: Path, image_size: int) -> Raw:
     "The arrays of a name; a `.npz` serves where there is no loader, or nothing downloaded for it yet."
     npz = folder / f"{name}.npz"
     if name in _PRESENT and npz.exists() and not (folder / _PRESENT[name]).exists(): return _npz(name, npz)
     if name in SOURCES: return SOURCES[name](folder, image_size)
     if re.fullmatch(r"[\w.+=-]+", name) and npz.exists(): return _npz(name, npz)
-    raise unknown(
-        "data set",
-        name,
-        {*SOURCES, *ALIASES, *(p.stem for p in folder.glob("*.npz"))},
-        f"(or put x_train, y_train, x_test, y_test into {folder / 'NAME.npz'})",
-    )
+    there = {*SOURCES, *ALIASES, *(p.stem for p in folder.glob("*.npz"))}
+    raise unknown("data set", name, there, f"(or put x_train, y_train, x_test, y_test into {folder / 'NAME.npz'})")
