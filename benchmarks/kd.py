@@ -30,12 +30,13 @@ PAIRS = {"resnet20 <- 3x resnet56": ("resnet20", "resnet56"), "resnet8x4 <- 3x r
 MEAN, STD = (.5071, .4866, .4409), (.2673, .2564, .2762)
 
 def random_data(n: int) -> Dataset:
-    g = torch.Generator().manual_seed(0)
+    "Random images; each split has indices of its own, since the cache knows an image by its index."
+    g, begun = torch.Generator().manual_seed(0), itertools.count(step=max(n, 100))
     def split(k):
         return Split(
             torch.randint(0, 256, (k, 32, 32, 3), dtype=torch.uint8, generator=g),
             torch.randint(0, 100, (k,), generator=g),
-            torch.arange(k),
+            torch.arange(k) + next(begun),
             4,
             True,
         )
@@ -58,10 +59,8 @@ class Student:
     "A student and its optimiser; `teach` gives [K, B, C] of a batch, or is None."
     def __init__(self, name: str, teach, device: str):
         torch.manual_seed(0)
-        self.model, self.teach = (
-            create_model(name, 100, 3, 32).to(device=device, memory_format=torch.channels_last).train(),
-            teach,
-        )
+        self.teach = teach
+        self.model = create_model(name, 100, 3, 32).to(device=device, memory_format=torch.channels_last).train()
         self.optimizer = torch.optim.SGD(self.model.parameters(), .05, momentum=.9, weight_decay=5e-4)
 
     def step(self, b) -> None:
