@@ -13,13 +13,9 @@ def asked(doc: str,   # the script's docstring
     )
     for name, default in options.items():
         several = isinstance(default, list)
-        how = (
-            dict(action="store_true")
-            if default is False
-            else dict(
-                type=type(default[0] if several else default), default=default, **dict(nargs="+") if several else {}
-            )
-        )
+        how = dict(type=type(default[0] if several else default), default=default)
+        if several: how["nargs"] = "+"
+        if default is False: how = dict(action="store_true")
         parser.add_argument(f"--{name.replace('_', '-')}", help=" ", **how)
     parser.add_argument("--out", type=Path, default=RESULTS / out, help="where the result goes")
     args = parser.parse_args()

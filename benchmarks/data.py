@@ -4,9 +4,8 @@ loader's share of a ResNet-8 step.
     python benchmarks/data.py [--repeats 5] [--threads 2] [--out benchmarks/results/data.json]
 
 Random images of CIFAR's size; crop with padding 4, mirror, normalise. Both loaders run on one thread in this process,
-in turns, and CPU time is
-counted, so a busy machine hurts both alike. The step is a forward, backward and SGD step on `threads` threads,
-channels last, batch 128.
+in turns, and CPU time is counted, so a busy machine hurts both alike. The step is a forward, backward and SGD step on
+`threads` threads, channels last, batch 128.
 """
 import statistics, sys, time
 from pathlib import Path

@@ -138,10 +138,8 @@ def main(reports: list[Path], figure: str, beside_file: str) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    (
-        parser.add_argument("reports", nargs="+", type=Path),
-        parser.add_argument("--figure", default="figures/distill.png"),
-        parser.add_argument("--beside", dest="beside_file", default=""),
-    )
+    parser.add_argument("reports", nargs="+", type=Path)
+    parser.add_argument("--figure", default="figures/distill.png")
+    parser.add_argument("--beside", dest="beside_file", default="")
     try: main(**vars(parser.parse_args()))
     except LabError as e: sys.exit(str(e))

@@ -7,9 +7,8 @@ under no_grad. It gives the same field.
 All ways take turns on the same features, whose mean distance is 1, and CPU time is counted, so a busy machine hurts
 them alike; wall time is kept beside it.
 Memory (Linux): a fresh process makes the inputs, calls once at a tiny size (libraries take their own buffers), notes
-its resident memory, resets the kernel's
-high-water mark and runs once; extra is the new mark (VmHWM) less what was noted. So it counts the result, every
-temporary and what the allocator does not give back.
+its resident memory, resets the kernel's high-water mark and runs once; extra is the new mark (VmHWM) less what was
+noted. So it counts the result, every temporary and what the allocator does not give back.
 (getrusage would not do: a process inherits its parent's mark.)
 `benchmarks/gpu.py --only drift` makes the table on a GPU, with `compiled_V` beside it.
 """

@@ -136,10 +136,8 @@ def main(sources: list[str], out: str, figure: str) -> None:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    (
-        parser.add_argument("sources", nargs="+"),
-        parser.add_argument("--out", default=""),
-        parser.add_argument("--figure", default=""),
-    )
+    parser.add_argument("sources", nargs="+")
+    parser.add_argument("--out", default="")
+    parser.add_argument("--figure", default="")
     try: main(**vars(parser.parse_args()))
     except LabError as e: sys.exit(str(e))

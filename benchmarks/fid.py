@@ -5,11 +5,9 @@ the trace term beside scipy's sqrtm.
         [--out benchmarks/results/fid.json]
 
 Noise images. clean-fid reads them as PNG files through its own data set and loader, in this process; ours come once
-as such files and once from a
-sampler. The network is left out on both sides: its place is taken by features that are already there. All ways take
-turns and CPU time is counted, so
-a busy machine hurts them alike. The trace term is for two covariances of rectified features; half of the reference is
-computed once, as for a run's checkpoints.
+as such files and once from a sampler. The network is left out on both sides: its place is taken by features that are
+already there. All ways take turns and CPU time is counted, so a busy machine hurts them alike. The trace term is for
+two covariances of rectified features; half of the reference is computed once, as for a run's checkpoints.
 """
 import hashlib, statistics, sys, tempfile, time, warnings
 from pathlib import Path
@@ -123,13 +121,10 @@ class StandIn(torch.nn.Module):
         grid = torch.nn.functional.affine_grid(
             theta[None].repeat(img.shape[0], 1, 1), [img.shape[0], 3, 299, 299], align_corners=False
         )
-        return self.layers(
-            (
-                torch.nn.functional.grid_sample(img, grid, mode="bilinear", padding_mode="border", align_corners=False)
-                - 128
-            )
-            / 128
+        resized = torch.nn.functional.grid_sample(
+            img, grid, mode="bilinear", padding_mode="border", align_corners=False
         )
+        return self.layers((resized - 128) / 128)
 
 def stand_in_features(folder: Path, images: torch.Tensor) -> float:
     """Largest relative difference of features of the stand-in, read by our loader and by clean-fid's, in
@@ -141,10 +136,8 @@ def stand_in_features(folder: Path, images: torch.Tensor) -> float:
     INCEPTION_FILES[file.name] = "", hashlib.sha256(file.read_bytes()).hexdigest()
     with torch.no_grad():
         theirs = InceptionV3W(str(folder), download=False, resize_inside=True)(images.permute(0, 3, 1, 2).float())
-    return (
-        (inception("legacy_tensorflow", folder, "cpu", download=False)(images) - theirs).abs().max()
-        / theirs.abs().max()
-    ).item()
+    ours = inception("legacy_tensorflow", folder, "cpu", download=False)(images)
+    return ((ours - theirs).abs().max() / theirs.abs().max()).item()
 
 def agreement(dims: int, folder: Path) -> dict:
     """Largest difference of resized pixels on a scale of 0 to 255, and of distances on the same features and images,
@@ -165,24 +158,16 @@ def agreement(dims: int, folder: Path) -> dict:
                 float(np.abs(o - resizer(x.numpy())).max()) for o, x in zip(ours, pixels)
             )
     def stats(seed: int):
-        x = (
-            torch.relu(
-                torch.randn(2 * dims, dims, generator=generator(seed))
-                @ (torch.randn(dims, dims, generator=generator(6)) * torch.logspace(0, -2, dims))
-            )
-            .numpy()
-            .astype(np.float64)
-        )
+        mix = torch.randn(dims, dims, generator=generator(6)) * torch.logspace(0, -2, dims)
+        x = torch.relu(torch.randn(2 * dims, dims, generator=generator(seed)) @ mix).numpy().astype(np.float64)
         return x.mean(0), np.cov(x, rowvar=False)
     a, b = stats(7), stats(8)
     ours, reference = frechet_distance(*a, *b), theirs.frechet_distance(*a, *b)
     rows["distance, same statistics"] = abs(ours / reference - 1)
     pixels = torch.randint(0, 256, (300, 32, 32, 3), dtype=torch.uint8, generator=generator(9))
     for i, image in enumerate(pixels): Image.fromarray(image.numpy()).save(folder / f"{i:06d}.png")
-    judge, real = (
-        random_extractor(32, "clean"),
-        torch.randint(0, 256, (300, 32, 32, 3), dtype=torch.uint8, generator=generator(10)),
-    )
+    judge = random_extractor(32, "clean")
+    real = torch.randint(0, 256, (300, 32, 32, 3), dtype=torch.uint8, generator=generator(10))
     streamed, files = (fid(real, source, judge, floor=False).value for source in (pixels, folder))
     rows["distance, streamed and from PNG files"] = abs(streamed / files - 1)
     features = [judge(x).double().numpy() for x in (real, pixels)]
