@@ -14,8 +14,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from fastcore.basics import patch
 from .core import LabError, atomic_write, unknown
-from .sources import (
-    ALIASES, Raw, _LIMIT, _VAL, _read, array_hash, data_folder, hash32, permutation, pixel_stats, resize, stratified)
+from drifting_kd.sources import (
+    ALIASES, Raw, _LIMIT, _VAL, _read_source, array_hash, data_folder, hash32, permutation, pixel_stats, resize,
+    stratified)
 
 # %% auto #0
 __all__ = ['GATHER_BLOCK', 'CONSTANTS', 'upload', 'Split', 'Dataset', 'num_views', 'view_pixels', 'Batch', 'Batches',
@@ -318,7 +319,7 @@ def load_dataset(name: str,                   # one of SOURCES, or a .npz in `ro
     if normalization not in ("data", "constants"): raise unknown("normalization", normalization, ("data", "constants"))
     if normalization == "constants" and name not in CONSTANTS:
         raise LabError(f"normalization='constants': known for {', '.join(CONSTANTS)} only; use 'data' for {name}")
-    raw = _read(name, data_folder(root), image_size)
+    raw = _read_source(name, data_folder(root), image_size)
     return make_dataset(name, raw, image_size, val_fraction, split_seed, limit, normalization)
 
 # %% ../nbs/05_data.ipynb #b1d8a00a

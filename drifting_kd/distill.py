@@ -505,7 +505,7 @@ def gates(self: Distill, epoch: int) -> tuple[Tensor, Tensor]: # [N], [K, N]
     return tuple(torch.cat(parts, -1).cpu() for parts in zip(*found))
 
 # %% ../nbs/49_distill.ipynb #e7a96a77
-def _shares(ax, values, **style) -> None:
+def _bars(ax, values, **style) -> None:
     "Histograms of tensors, as shares of their samples in twenty bins from 0 to 1."
     of_all = [np.full(len(v), 1 / len(v)) for v in values]
     ax.hist([v.numpy() for v in values], np.linspace(0, 1, 21), weights=of_all, **style)
@@ -522,12 +522,12 @@ def plot_gates(seen: dict,        # epoch -> (gate [N], weights [K, N]), as Dist
     left, right = fig.subplots(1, 2)
     def colours(n: int) -> list: return [COLOURS[i % len(COLOURS)] for i in range(n)]
     labels = [f"epoch {e + 1} (mean {gates.mean():.2f})" for e, (gates, _) in seen.items()]
-    _shares(left, [gates for gates, _ in seen.values()], label=labels, color=colours(len(seen)))
+    _bars(left, [gates for gates, _ in seen.values()], label=labels, color=colours(len(seen)))
     *earlier, (g, w) = seen.values()
     labels = [f"{name[:28]} (mean {own.mean():.2f})" for name, own in zip(names, w)]
-    _shares(right, list(w), label=labels, color=colours(len(w)))
+    _bars(right, list(w), label=labels, color=colours(len(w)))
     for _, weights in earlier:
-        for own, colour in zip(weights, colours(len(w))): _shares(right, [own], histtype="step", alpha=.5, color=colour)
+        for own, colour in zip(weights, colours(len(w))): _bars(right, [own], histtype="step", alpha=.5, color=colour)
     left.set(xlabel="gate: 1 is all that the teachers may count", ylabel="share of samples", xlim=(0, 1))
     right.set(xlabel="weight of a teacher", xlim=(0, 1))
     for ax in (left, right): ax.legend(loc="best", fontsize=7)

@@ -105,7 +105,7 @@ def _sets(x: Tensor, y_pos: Tensor, y_neg: Tensor | None, y_uncond: Tensor | Non
     "Check the input and bring it into one form."
     given = dict(y_neg=y_neg, y_uncond=y_uncond, y_pos=y_pos)
     given = {name: t for name, t in given.items() if t is not None or name == "y_pos"}
-    _check(x, given, temps, weight, self_mask, sinkhorn_iters, chunk)
+    _check_sets(x, given, temps, weight, self_mask, sinkhorn_iters, chunk)
     dtype, N = torch.float64 if x.dtype == torch.float64 else torch.float32, x.shape[-2]
     def flat(t): return t.detach().to(dtype).reshape(-1, *t.shape[-2:])
     own = y_neg is None or y_neg is x  # x moves itself
@@ -120,7 +120,7 @@ def _sets(x: Tensor, y_pos: Tensor, y_neg: Tensor | None, y_uncond: Tensor | Non
     masked = y_neg is None or self_mask
     w = _group_weights(weight, x, y)
     s = _Sets(moved, y, xx, yy, negatives.shape[-2], y.shape[1] - y_pos.shape[-2], w, masked or own, masked)
-    if look and yy.device.type == "cpu": _look(s, x, given, self_mask)  # elsewhere it would stop the step
+    if look and yy.device.type == "cpu": _looked_at(s, x, given, self_mask)  # elsewhere it would stop the step
     return s
 
 # %% ../nbs/40_drift.ipynb #bf2c5d92
@@ -130,7 +130,7 @@ def _group_weights(weight: Tensor | float, x: Tensor, y: Tensor) -> Tensor:
     return w.expand(x.shape[:-2]).reshape(-1, 1, 1, 1)
 
 # %% ../nbs/40_drift.ipynb #8236c1f6
-def _look(s: _Sets, x: Tensor, given: dict, self_mask: bool) -> None:
+def _looked_at(s: _Sets, x: Tensor, given: dict, self_mask: bool) -> None:
     "Refuse values that cannot be right."
     if not bool(s.yy.isfinite().all() & s.xx.isfinite().all()):
         name = next((n for n, t in {"x": x, **given}.items() if not t.isfinite().all()), "x or y")
@@ -141,7 +141,7 @@ def _look(s: _Sets, x: Tensor, given: dict, self_mask: bool) -> None:
                        "put x first, or leave self_mask out")
 
 # %% ../nbs/40_drift.ipynb #03486c59
-def _check(x: Tensor, given: dict, temps, weight, self_mask: bool, sinkhorn_iters: int, chunk: int) -> None:
+def _check_sets(x: Tensor, given: dict, temps, weight, self_mask: bool, sinkhorn_iters: int, chunk: int) -> None:
     "Refuse what does not fit together, by shapes alone."
     for name, t in {"x": x, **given}.items(): _check_samples(name, t, x)
     check_temps(temps)

@@ -199,7 +199,7 @@ def _stored(name: str, places: list[Path]) -> bytes | None:
     return None
 
 # %% ../nbs/21_extractors.ipynb #a7799462
-def _download(name: str, target: Path, advice: str) -> bytes:
+def _download_weights(name: str, target: Path, advice: str) -> bytes:
     "Fetch a weights file, check it and keep it."
     address, digest = INCEPTION_FILES[name]
     try:
@@ -227,7 +227,7 @@ def read_weights(name: str,              # a key of INCEPTION_FILES
               "or into a folder that DKD_WEIGHTS names; "
               "without it choose another judge (extractor), such as a run of a classifier")
     if given or not download: raise LabError(f"{name} is not in {', '.join(map(str, places))}; {advice}")
-    return _download(name, target, advice)
+    return _download_weights(name, target, advice)
 
 # %% ../nbs/21_extractors.ipynb #15b72b41
 def _pytorch_inception(content: bytes) -> nn.Module:

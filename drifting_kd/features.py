@@ -92,7 +92,7 @@ def similarity_preserving(student: Tensor, # [B, ...]
     return (s - t).square().mean()
 
 # %% ../nbs/47_features.ipynb #50bc26fe
-def _directions(z: Tensor) -> tuple[Tensor, Tensor]:
+def _pair_directions(z: Tensor) -> tuple[Tensor, Tensor]:
     "Distances [B, B] and unit vectors [B, B, D] between samples; 0 between equal ones."
     difference = z - z[:, None]
     distance = torch.linalg.vector_norm(difference, dim=-1)  # its gradient at 0 is 0
@@ -110,7 +110,7 @@ def relational(student: Tensor, # [B, ...]
                distance: float = 25., angle: float = 50., # weights
               ) -> Tensor:
     "The Huber loss of relative distances and of angles."
-    (d_s, e_s), (d_t, e_t) = _directions(student.flatten(1)), _directions(teacher.flatten(1))
+    (d_s, e_s), (d_t, e_t) = _pair_directions(student.flatten(1)), _pair_directions(teacher.flatten(1))
     angles = F.smooth_l1_loss(e_s @ e_s.mT, e_t @ e_t.mT)
     return distance * F.smooth_l1_loss(_in_mean_distances(d_s), _in_mean_distances(d_t)) + angle * angles
 

@@ -183,7 +183,7 @@ def conditions(record: Record, key: str) -> dict:
     return found | {k: v for k, v in judged if k.split("/")[-1] in (*JUDGED_BY, *COUNTED)}
 
 # %% ../nbs/35_report.ipynb #92ada024
-def _short(value) -> str:
+def _cut_short(value) -> str:
     "A value in an error; a long hash is cut."
     if value == ABSENT: return value
     return f"{value[:12]}..." if isinstance(value, str) and len(value) > 40 else f"{value!r}"
@@ -197,8 +197,8 @@ def check_comparable(records: list, key: str) -> None:
         for k in {**expected, **here}:
             a, b = expected.get(k, ABSENT), here.get(k, ABSENT)
             if _as_text(a) != _as_text(b):
-                raise LabError(f"{key} of {first.name} and {r.name} cannot share a column: {k} {_short(a)} and "
-                               f"{_short(b)}; choose runs with one {k} (pattern), or measure them alike")
+                raise LabError(f"{key} of {first.name} and {r.name} cannot share a column: {k} {_cut_short(a)} and "
+                               f"{_cut_short(b)}; choose runs with one {k} (pattern), or measure them alike")
 
 # %% ../nbs/35_report.ipynb #1196aefa
 def _environment_row(e: dict) -> dict:

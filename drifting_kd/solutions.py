@@ -26,8 +26,8 @@ from .landscape import Loss, checkpoint_at, sharpness
 __all__ = ['PAIR_KINDS', 'check_same_model', 'interpolate', 'reestimate_batchnorm', 'barrier', 'unit_filters',
            'permutation_groups', 'permuted', 'weight_orders', 'match_weights', 'linear_cka', 'layer_features',
            'cka_matrix', 'disagreement', 'disagreement_matrix', 'disagreement_between', 'pair_kinds', 'pair_means',
-           'separation', 'separation_of_pairs', 'finding', 'measure_solution', 'networks_of', 'which_networks',
-           'pairs_to_walk', 'SolutionsConfig']
+           'separation', 'separation_of_pairs', 'separation_finding', 'measure_solution', 'networks_of',
+           'which_networks', 'pairs_to_walk', 'SolutionsConfig']
 
 # %% ../nbs/37_solutions.ipynb #a9bbe031
 def _layout(model: nn.Module) -> dict:
@@ -436,7 +436,7 @@ def separation_of_pairs(distance: np.ndarray, groups: list, seeds: list, seed: i
     return [row | dict(p_holm=p) for row, p in zip(rows, holm([row["p"] for row in rows]))]
 
 # %% ../nbs/37_solutions.ipynb #db4b7311
-def finding(what: str,   # was measured
+def separation_finding(what: str,   # was measured
             apart: dict, # of separation
            ) -> str:
     "A separation in one line."

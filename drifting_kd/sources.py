@@ -305,7 +305,7 @@ def _first_line(e: BaseException) -> str:
     return str(e).splitlines()[0][:150] if str(e) else ""
 
 # %% ../nbs/04_sources.ipynb #b823504d
-def _download(addresses: list[str], name: str, md5: str, folder: Path, unpacked: Path, advice: str) -> None:
+def _download_archive(addresses: list[str], name: str, md5: str, folder: Path, unpacked: Path, advice: str) -> None:
     "One archive from the first address that has it, unpacked."
     from torchvision.datasets import utils
     for i, address in enumerate(addresses):
@@ -329,7 +329,7 @@ def _fetch(files: list[Path],                          # what must be there in t
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(TIMEOUT)
     try:
-        for archive in archives: _download(*archive, folder, unpacked, advice)
+        for archive in archives: _download_archive(*archive, folder, unpacked, advice)
     finally: socket.setdefaulttimeout(before)
     if missing := [f.name for f in files if not f.exists()]:
         raise LabError(f"{', '.join(missing)} not in {files[0].parent} after unpacking; {advice}")
@@ -501,7 +501,7 @@ def _npz(name: str, path: Path) -> Raw:
 TINY = dict(classes=200, per_class=500, test=10_000)  # what the complete folder holds
 
 # %% ../nbs/04_sources.ipynb #60b52f2b
-def _decode(files: list[Path]) -> np.ndarray:
+def _decode_files(files: list[Path]) -> np.ndarray:
     "Images of 64 x 64 as RGB, decoded by a few threads."
     from concurrent.futures import ThreadPoolExecutor
     from PIL import Image
@@ -548,7 +548,7 @@ def _tiny_folder(folder: Path) -> Raw:
         said = dict(x.split("\t", 1) for x in words.read_text(encoding="utf-8").splitlines() if "\t" in x)
     y_train, y_test = np.repeat(np.arange(len(names)), TINY["per_class"]), np.array([names.index(p[1]) for p in pairs])
     x_test = [folder / "val" / "images" / p[0] for p in pairs]
-    return check_raw(folder, _decode(train), y_train, _decode(x_test), y_test,
+    return check_raw(folder, _decode_files(train), y_train, _decode_files(x_test), y_test,
                      [said.get(n, n).split(",")[0] for n in names], "Tiny-ImageNet (folder)", IMAGENET_TERMS)
 
 # %% ../nbs/04_sources.ipynb #29f0942d
@@ -601,7 +601,7 @@ def data_folder(root: str = "") -> Path:
     return project_root() / Path(given).expanduser()  # an absolute path stays what it is
 
 # %% ../nbs/04_sources.ipynb #34d1ded1
-def _read(name: str, folder: Path, image_size: int) -> Raw:
+def _read_source(name: str, folder: Path, image_size: int) -> Raw:
     "The arrays of a name; a `.npz` serves where there is no loader, or nothing downloaded for it yet."
     npz = folder / f"{name}.npz"
     if name in _PRESENT and npz.exists() and not (folder / _PRESENT[name]).exists(): return _npz(name, npz)

@@ -11,7 +11,7 @@ from .metrics import best_is, direction_of
 from .sweep import Local, diverged, load_yaml, run_sweep
 
 # %% auto #0
-__all__ = ['MOST_SEARCHED', 'EQUAL', 'OWN', 'points', 'load_study', 'trials', 'score', 'choose', 'finals', 'compare']
+__all__ = ['MOST_SEARCHED', 'EQUAL', 'OWN', 'points', 'load_study', 'trials', 'trial_score', 'choose', 'finals', 'compare']
 
 # %% ../nbs/61_study.ipynb #e2f42140
 MOST_SEARCHED = 3  # parameters; few points of more dimensions lie on lines
@@ -122,7 +122,7 @@ def trials(study: dict) -> list[dict]:
     return runs
 
 # %% ../nbs/61_study.ipynb #8ddf766b
-def score(study: dict, run: dict) -> float:
+def trial_score(study: dict, run: dict) -> float:
     "What the trial is selected by; not a number for a run that diverged."
     path = runs_folder() / run["run_name"] / "metrics.json"
     if not path.exists(): return math.nan
@@ -135,7 +135,7 @@ def score(study: dict, run: dict) -> float:
 def _choice(study: dict, name: str, runs: list[dict]) -> dict:
     "The best trial of one candidate, and the searched values that lie at an end of what was tried."
     search, sign = study["candidates"][name]["search"], 1 if study["mode"] == "max" else -1
-    scores = [score(study, r) for r in runs]
+    scores = [trial_score(study, r) for r in runs]
     if all(math.isnan(s) for s in scores):
         raise LabError(f"no trial of {name} finished; look into {runs_folder() / 'notebooks'}, "
                        "and correct its search space")
@@ -182,7 +182,7 @@ def compare(study: dict, engine=None) -> Path:
     engine = engine or Local()
     first, *rest = trials(study)
     _run_all([first], study, engine)
-    score(study, first)
+    trial_score(study, first)
     if rest: _run_all(rest, study, engine)
     chosen, path = choose(study), runs_folder() / f"{study['name']}.json"
     write_json(path, dict(study=study, chosen=chosen))

@@ -20,10 +20,10 @@ __all__ = ['BUSY', 'load_yaml', 'expand', 'load_matrix', 'as_text', 'finished', 
 # %% ../nbs/60_sweep.ipynb #aa686d77
 _EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+|[-+]?\.\d+[eE][-+]?\d+")  # what YAML 1.1 takes for text
 
-def _numbers(x):
+def _as_numbers(x):
     "Numbers that YAML took for text."
-    if isinstance(x, dict): return {k: _numbers(v) for k, v in x.items()}
-    if isinstance(x, list): return [_numbers(v) for v in x]
+    if isinstance(x, dict): return {k: _as_numbers(v) for k, v in x.items()}
+    if isinstance(x, list): return [_as_numbers(v) for v in x]
     return float(x) if isinstance(x, str) and _EXPONENT.fullmatch(x) else x
 
 # %% ../nbs/60_sweep.ipynb #16f1c61b
@@ -52,12 +52,12 @@ def load_yaml(path: str | Path,
     except yaml.YAMLError as e: raise LabError(f"{path} is not YAML: {' '.join(str(e).split())}") from None
     if not isinstance(content, dict):
         raise LabError(f"{path}: expected `name: value` lines, got {type(content).__name__}")
-    return content if text else _numbers(content)
+    return content if text else _as_numbers(content)
 
 # %% ../nbs/60_sweep.ipynb #a3a26a84
 _KINDS = dict(notebook=str, base=dict, matrix=dict, exclude=list, include=list, name=str)  # keys of a matrix
 
-def _check(matrix: dict) -> None:
+def _check_matrix(matrix: dict) -> None:
     "Refuse a matrix that cannot mean what it says."
     if not isinstance(matrix, dict):
         raise LabError(f"a matrix is a mapping with {', '.join(_KINDS)}; got {type(matrix).__name__}")
@@ -131,7 +131,7 @@ def _excluded(runs: list[dict], entries: list[dict]) -> list[dict]:
 def expand(matrix: dict,         # notebook, base, matrix, exclude, include, name
           ) -> list[dict]:       # all parameters of each run, with a unique run_name
     "Write a matrix out, in its own order: the product less `exclude`, then `include`."
-    _check(matrix)
+    _check_matrix(matrix)
     base, runs, more = matrix.get("base", {}), _product(matrix.get("matrix", {})), matrix.get("include", [])
     full = _excluded([base | run for run in runs], matrix.get("exclude", [])) + [base | extra for extra in more]
     if not full: raise LabError("exclude leaves no run")

@@ -361,7 +361,7 @@ def resolve_artifact(reference: str,                # "model-<run>:best"; withou
     known = _index()
     if key not in known:
         if wandb_mode() != "online": raise unknown("artifact", key, known, f"in {runs_folder() / 'artifacts.json'}")
-        return _download(key, project)
+        return _download_artifact(key, project)
     path, recorded = project_root() / known[key]["path"], known[key]["sha256"]
     if not path.is_file(): raise LabError(f"artifact {key}: {path} is gone; restore the file, or make it again")
     if (sha := _sha256(path)) == recorded: return path
@@ -369,7 +369,7 @@ def resolve_artifact(reference: str,                # "model-<run>:best"; withou
                    f"recorded {recorded[:12]}); restore it, or record it again")
 
 # %% ../nbs/02_track.ipynb #1e916938
-def _download(key: str, project: str) -> Path:
+def _download_artifact(key: str, project: str) -> Path:
     "An artifact from wandb, into `runs/artifacts/`."
     os.environ.setdefault("WANDB_SILENT", "true")
     import wandb

@@ -64,6 +64,18 @@ def test_rooms_stand_in_the_order_of_the_design():
     assert len(set(LEVEL.values())) == len(LIBRARY) and {p.stem for p in MODULES} == set(LEVEL)
     assert [name for name in LEVEL if name in ROOMS] == ROOMS
 
+def test_a_name_means_one_thing():
+    "No two modules define a function, class or constant of one name."
+    homes = {}
+    for path in MODULES:
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            patched = any("patch" in ast.unparse(d) for d in getattr(node, "decorator_list", []))  # a method
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and not patched: names = [node.name]
+            elif isinstance(node, ast.Assign): names = [t.id for t in node.targets if isinstance(t, ast.Name)]
+            else: names = []
+            for name in set(names) - {"__all__"}: homes.setdefault(name, []).append(path.stem)
+    assert not {name: where for name, where in homes.items() if len(where) > 1}
+
 @each("path", MODULES)
 def test_arrows_point_one_way(path):
     used = set()
