@@ -4,22 +4,23 @@
 
 # %% ../nbs/11_checkpoints.ipynb #0dd02105
 from __future__ import annotations
-import contextlib, filecmp, functools, hashlib, json, os, pickle, re, zipfile
+import contextlib, filecmp, functools, hashlib, json, os, pickle, re, warnings, zipfile
 from dataclasses import dataclass
 from pathlib import Path
 import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import nn
-from .core import LabError, import_torchvision, project_root, runs_folder, unknown
+from .core import LabError, PLUGINS, import_torchvision, project_root, runs_folder, unknown
 from .run import list_runs, run_state
 from .track import resolve_artifact
 from .data import normalize, pixel_constants
 from .models import activations, create_model, fold_batchnorm, layer_names, model_name, rebuild
 
 # %% auto #0
-__all__ = ['CHECKPOINT_KEYS', 'RUN_FILES', 'PUBLISHED', 'load_checkpoint', 'checkpoint_model', 'is_path', 'is_artifact', 'place',
-           'is_run', 'Checkpoint', 'kind_of', 'find', 'find_all', 'weights_sha256', 'Frozen', 'frozen', 'pretrained']
+__all__ = ['CHECKPOINT_KEYS', 'RUN_FILES', 'PUBLISHED', 'load_checkpoint', 'explained', 'checkpoint_model', 'is_path',
+           'is_artifact', 'place', 'is_run', 'Checkpoint', 'kind_of', 'find', 'find_all', 'weights_sha256', 'Frozen',
+           'frozen', 'pretrained']
 
 # %% ../nbs/11_checkpoints.ipynb #dd231778
 CHECKPOINT_KEYS = ("model", "ema", "optimizer", "task", "rng", "config", "factory", "kwargs", "step", "epoch",
@@ -57,12 +58,29 @@ def load_checkpoint(path: str | Path) -> dict:
     raise LabError(f"{path} is not a checkpoint of this package: {', '.join(missing)} missing; "
                    "give a .pt file that a run wrote")
 
+# %% ../nbs/11_checkpoints.ipynb #7c3733fb
+@contextlib.contextmanager
+def explained(config: dict): # of a checkpoint or run
+    "Within the block a failure also says which of the run's plugins is not loaded."
+    made_with = config.get("plugins_sha256") if isinstance(config, dict) else None
+    made_with = made_with if isinstance(made_with, dict) else {}
+    for name, sha in made_with.items():
+        if name in PLUGINS and PLUGINS[name].sha256 != sha:
+            warnings.warn(f"plugin {name} is not as it was in this run: sha256 {PLUGINS[name].sha256[:12]} now, "
+                          f"{sha[:12]} then", stacklevel=3)
+    try: yield
+    except LabError as e:
+        if not (missing := sorted(set(made_with) - set(PLUGINS))): raise
+        raise LabError(f"{e}; the run was made with the plugin {', '.join(missing)}, which is not loaded: "
+                       "name it (-p plugins FILE, --plugins FILE or DKD_PLUGINS)") from None
+
 # %% ../nbs/11_checkpoints.ipynb #db955c92
 def checkpoint_model(checkpoint: dict,  # from load_checkpoint
                      ema: bool = True,  # the averaged weights, where the run kept them
                     ) -> nn.Module:
     "The model of a checkpoint, rebuilt and filled."
-    with torch.random.fork_rng(devices=[]): model = rebuild(checkpoint["factory"], checkpoint["kwargs"])
+    with torch.random.fork_rng(devices=[]), explained(checkpoint["config"]):
+        model = rebuild(checkpoint["factory"], checkpoint["kwargs"])
     weights = checkpoint["ema"] if ema and checkpoint["ema"] is not None else checkpoint["model"]
     try: model.load_state_dict(weights, strict=True)
     except (RuntimeError, TypeError, AttributeError) as e:

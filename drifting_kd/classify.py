@@ -81,7 +81,7 @@ def prepare(cfg: FitConfig) -> Dataset:
     "Seeds, threads and data of a run; refuses what cannot work before anything is written."
     _check_machine(cfg)
     seed_everything(cfg.seed, cfg.deterministic)
-    if cfg.model not in cfg.models(): raise unknown("model", cfg.model, cfg.models())
+    if cfg.model not in cfg.models(): raise unknown("model=", cfg.model, cfg.models())
     data = load_dataset(cfg.dataset, cfg.data_root, cfg.image_size, cfg.val_fraction, cfg.split_seed, cfg.limit,
                         getattr(cfg, "normalization", "data"))
     use_threads(cfg.threads, data.image_size)

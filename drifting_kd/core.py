@@ -4,18 +4,19 @@
 
 # %% ../nbs/00_core.ipynb #1e920999
 from __future__ import annotations
-import contextlib, dataclasses, datetime, difflib, errno, functools, hashlib, importlib, importlib.metadata, json, math
-import os, platform, random, re, subprocess, sys, threading, warnings
+import contextlib, dataclasses, datetime, difflib, errno, functools, hashlib, importlib, importlib.metadata
+import importlib.util, json, math, os, platform, random, re, subprocess, sys, threading, types, warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from fastcore.basics import patch
 
 # %% auto #0
-__all__ = ['SCHEMA', 'DETERMINISTIC', 'RESERVED', 'TRACKERS', 'PACKAGES', 'LabError', 'unknown', 'refuses', 'project_root',
-           'runs_folder', 'working_folder', 'environ', 'plain', 'atomic_write', 'writable_folder', 'write_json',
-           'read_json', 'mix', 'generator', 'seed_everything', 'same_determinism', 'exact_fp32', 'choose_device',
-           'import_torchvision', 'need', 'param', 'check_value', 'Parameters', 'split_words', 'check_run_name',
-           'Config', 'watch_parameters', 'git_state', 'environment', 'launched', 'leave_at_exit']
+__all__ = ['SCHEMA', 'DETERMINISTIC', 'PLUGINS', 'RESERVED', 'TRACKERS', 'PACKAGES', 'LabError', 'unknown', 'refuses',
+           'project_root', 'runs_folder', 'working_folder', 'environ', 'plain', 'atomic_write', 'writable_folder',
+           'write_json', 'read_json', 'mix', 'generator', 'seed_everything', 'same_determinism', 'exact_fp32',
+           'choose_device', 'import_torchvision', 'need', 'split_words', 'Plugin', 'find_plugin', 'plugin_words',
+           'load_plugins', 'param', 'check_value', 'Parameters', 'check_run_name', 'Config', 'watch_parameters',
+           'git_state', 'environment', 'launched', 'leave_at_exit']
 
 # %% ../nbs/00_core.ipynb #411a5fdb
 SCHEMA = 1  # version of every JSON file a run writes
@@ -26,7 +27,7 @@ class LabError(ValueError):
         return [f"{type(self).__name__}: {self}"]
 
 # %% ../nbs/00_core.ipynb #c6cb193c
-def unknown(what: str,      # "data set", "model", ...
+def unknown(what: str,      # "judge", "parameter", ...; of a parameter's value "model=", as it is typed
             name,           # what the user wrote
             allowed,        # names that exist
             hint: str = "", # what else to do
@@ -35,7 +36,8 @@ def unknown(what: str,      # "data set", "model", ...
     allowed = sorted(str(a) for a in allowed)
     near = difflib.get_close_matches(str(name).lower(), allowed, n=3, cutoff=0.5)
     known = f"did you mean {' or '.join(repr(n) for n in near)}?" if near else f"known: {', '.join(allowed[:40])}"
-    return LabError(f"unknown {what} {name!r}; {known}{' ' + hint if hint else ''}")
+    given = f"{what}{name!r} is not known" if what.endswith("=") else f"unknown {what} {name!r}"
+    return LabError(f"{given}; {known}{' ' + hint if hint else ''}")
 
 # %% ../nbs/00_core.ipynb #bd292972
 def refuses(make, cases: list) -> None:
@@ -166,7 +168,7 @@ def seed_everything(seed: int = 42,
                     deterministic: str = "on", # one of DETERMINISTIC
                    ) -> None:
     "Seed Python, numpy, torch and CUDA, and choose deterministic kernels."
-    if deterministic not in DETERMINISTIC: raise unknown("value of deterministic", deterministic, DETERMINISTIC)
+    if deterministic not in DETERMINISTIC: raise unknown("deterministic=", deterministic, DETERMINISTIC)
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read by cuBLAS when CUDA starts
     import numpy as np, torch
     random.seed(seed), np.random.seed(seed % 2**32), torch.manual_seed(seed)  # the last covers every CUDA device
@@ -218,7 +220,7 @@ def choose_device(name: str = "auto"):
     cuda, mps = torch.cuda.is_available(), torch.backends.mps.is_available()
     if name == "auto": name = "cuda" if cuda else "mps" if mps else "cpu"
     try: device = torch.device(name)
-    except RuntimeError: raise unknown("device", name, ("auto", "cpu", "cuda", "cuda:1", "mps")) from None
+    except RuntimeError: raise unknown("device=", name, ("auto", "cpu", "cuda", "cuda:1", "mps")) from None
     there = {"cpu": True, "cuda": cuda and (device.index or 0) < torch.cuda.device_count(), "mps": mps}
     if not there.get(device.type, False):
         raise LabError(f"device {name!r} is not on this machine; use device='auto' or 'cpu'")
@@ -247,6 +249,95 @@ def need(module: str, # what to import
     except ImportError as e:
         if e.name and e.name.split(".")[0] != module.split(".")[0]: raise  # it is there, but broken inside
         raise LabError(f"{module} is not installed; pip install 'drifting_kd[{extra}]' -c constraints.txt") from None
+
+# %% ../nbs/00_core.ipynb #bb721fd4
+def split_words(text) -> list[str]:
+    "`'a, b c'` as a list; a list or tuple as it is."
+    return [w for w in re.split(r"[,\s]+", text) if w] if isinstance(text, str) else [str(w) for w in text]
+
+# %% ../nbs/00_core.ipynb #41f299c4
+@dataclass(frozen=True)
+class Plugin:
+    "Source files of one's own, found and not yet run."
+    name: str                # of the file or module
+    files: tuple[Path, ...]  # of a package all of them
+
+    @functools.cached_property
+    def sha256(self) -> str:
+        "Of a single file what sha256sum says; of a package the hash of its files' names and hashes."
+        def one(path: Path) -> str: return hashlib.sha256(path.read_bytes()).hexdigest()
+        if len(self.files) == 1: return one(self.files[0])
+        home = Path(os.path.commonpath(self.files))
+        told = "".join(f"{one(p)}  {p.relative_to(home).as_posix()}\n" for p in self.files)
+        return hashlib.sha256(told.encode()).hexdigest()
+
+# %% ../nbs/00_core.ipynb #b1738ba1
+@contextlib.contextmanager
+def _importable(*folders: Path):
+    "Within the block modules are found in these folders, too."
+    added = [str(f) for f in folders]
+    sys.path[:0] = added
+    try: yield
+    finally: sys.path[:] = [f for i, f in enumerate(sys.path) if i >= len(added) or f not in added]
+
+# %% ../nbs/00_core.ipynb #d8d91815
+def find_plugin(word: str) -> Plugin:
+    "The sources behind a file's path or a module's name; nothing of a file is run."
+    places = (Path.cwd(), project_root())
+    if word.endswith(".py"):
+        found = [p.resolve() for folder in places if (p := folder / Path(word).expanduser()).is_file()]
+        if found: return Plugin(found[0].name, tuple(found[:1]))
+    else:
+        with _importable(*places):
+            try: spec = importlib.util.find_spec(word)
+            except (ImportError, AttributeError, ValueError): spec = None
+        source = Path(spec.origin) if spec and spec.origin and spec.origin.endswith(".py") else None
+        if source and source.name != "__init__.py": return Plugin(word, (source,))
+        if source: return Plugin(word, tuple(sorted(source.parent.rglob("*.py"))))
+    raise LabError(f"plugins={word!r}: no such file or module in {' or '.join(sorted({str(p) for p in places}))}; "
+                   "give the path of a .py file, or the name of a module that Python can import")
+
+# %% ../nbs/00_core.ipynb #bc324a6f
+def plugin_words(text: str = "") -> list[str]:
+    "The plugins that are named, here and in DKD_PLUGINS, each once."
+    return list(dict.fromkeys([*split_words(text), *split_words(os.environ.get("DKD_PLUGINS", ""))]))
+
+# %% ../nbs/00_core.ipynb #19a10eae
+def _first_words(e: BaseException) -> str:
+    "What an error says, in a line."
+    at = f" (line {e.lineno})" if isinstance(e, SyntaxError) else ""
+    return f"{type(e).__name__}: {(str(e).strip().splitlines() or [''])[0][:200]}{at}"
+
+# %% ../nbs/00_core.ipynb #f61a3806
+PLUGINS = {}  # name -> Plugin; those that this process has run
+
+def _run_plugin(plugin: Plugin) -> None:
+    "Import a plugin, or say in a line why that fails."
+    file, name = plugin.files[0], plugin.name
+    module = name if not name.endswith(".py") else f"plugin_{file.stem}"
+    for old in [m for m in sys.modules if name in PLUGINS and f"{m}.".startswith(f"{module}.")]: del sys.modules[old]
+    try:
+        if module == name:
+            with _importable(Path.cwd(), project_root()): return importlib.import_module(name)
+        sys.modules[module] = made = types.ModuleType(module)  # dataclasses look their module up
+        made.__file__ = str(file)
+        code = compile(file.read_bytes(), file, "exec")  # no bytecode of an earlier second
+        with _importable(file.parent): exec(code, made.__dict__)
+    except LabError: raise
+    except (Exception, SystemExit) as e:
+        raise LabError(f"plugin {file} does not load ({_first_words(e)}); correct it, or leave it out") from e
+
+# %% ../nbs/00_core.ipynb #f1d6b9ec
+def load_plugins(text: str = "") -> dict[str, str]: # name -> sha256
+    "Run the plugins that are named, here and in DKD_PLUGINS, unless they have been run as they are."
+    found = list(dict.fromkeys(map(find_plugin, plugin_words(text))))
+    hashes = {plugin.name: plugin.sha256 for plugin in found}
+    if len(hashes) < len(found): raise LabError(f"two plugins of {text!r} have one name; rename one")
+    for plugin in found:
+        known = PLUGINS.get(plugin.name)
+        if known is None or known.sha256 != plugin.sha256: _run_plugin(plugin)
+        PLUGINS[plugin.name] = plugin
+    return hashes
 
 # %% ../nbs/00_core.ipynb #4d01acae
 def param(default, help: str, choices: tuple = (), low=None, high=None):
@@ -280,7 +371,7 @@ def check_value(name: str, value, default, choices: tuple = (), low=None, high=N
     if kind is float and isinstance(value, int) and not isinstance(value, bool): value = float(value)
     if type(value) is not kind: raise LabError(f"{given}: expected {_expected(kind, value)}")
     if kind is float and not math.isfinite(value): raise LabError(f"{given}: expected a finite number")
-    if choices and value not in choices: raise unknown(f"value of {name}:", value, choices)
+    if choices and value not in choices: raise unknown(f"{name}=", value, choices)
     if low is not None and value < low or high is not None and value > high:
         bounds = {(True, False): f"at least {low}", (False, True): f"at most {high}"}
         allowed = bounds.get((low is not None, high is not None), f"between {low} and {high}")
@@ -290,16 +381,15 @@ def check_value(name: str, value, default, choices: tuple = (), low=None, high=N
 # %% ../nbs/00_core.ipynb #bb707abf
 @dataclass
 class Parameters:
-    "What a notebook can be given; making one checks every field."
+    "What a notebook can be given; making one loads its plugins and checks every field."
+    plugins: str = param("", "Python files or modules with parts of your own, in words; they are run")
+
     def __post_init__(self):
         for f in dataclasses.fields(self):
             default = f.default if f.default is not dataclasses.MISSING else f.default_factory()
             setattr(self, f.name, check_value(f.name, getattr(self, f.name), default, **f.metadata))
-
-# %% ../nbs/00_core.ipynb #bb721fd4
-def split_words(text) -> list[str]:
-    "`'a, b c'` as a list; a list or tuple as it is."
-    return [w for w in re.split(r"[,\s]+", text) if w] if isinstance(text, str) else [str(w) for w in text]
+        self.plugins = " ".join(plugin_words(self.plugins))
+        self.loaded = load_plugins(self.plugins)  # no field: it is what the files hold today
 
 # %% ../nbs/00_core.ipynb #9c919f9f
 RESERVED = ("artifacts", "artifacts.json", "mlartifacts", "mlruns.db", "notebooks", "trackio")  # beside the runs
@@ -324,15 +414,19 @@ class Config(Parameters):
     tracker: str = param("wandb", "wandb (offline without a key), trackio, mlflow or none", choices=TRACKERS)
     project: str = param("drifting_kd", "project name for the tracker")
 
-    NOT_COMPARED = ("run_name", "resume", "tracker", "project", "data_root")  # what does not change the numbers
+    NOT_COMPARED = ("run_name", "resume", "tracker", "project", "data_root", "plugins")  # they change no number
 
     def __post_init__(self):
         super().__post_init__()
         if self.run_name: check_run_name(self.run_name)
 
+    def record(self) -> dict:
+        "What a run writes down: every field, and what its plugins hold."
+        return plain(self) | {"plugins_sha256": self.loaded}
+
     def identity(self) -> dict:
-        "The fields that decide the numbers."
-        return {k: v for k, v in plain(self).items() if k not in self.NOT_COMPARED}
+        "What of it decides the numbers; of plugins it is the content, wherever they lie."
+        return {k: v for k, v in self.record().items() if k not in self.NOT_COMPARED}
 
     def hash(self) -> str:
         return hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()[:16]

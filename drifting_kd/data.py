@@ -316,7 +316,7 @@ def load_dataset(name: str,                   # one of SOURCES, or a .npz in `ro
     if image_size and not 4 <= image_size <= 1024:
         raise LabError(f"image_size={image_size}: expected 0 (the data's own) or 4 to 1024")
     if limit < 0: raise LabError(f"limit={limit}: expected 0 (all) or a number of training images")
-    if normalization not in ("data", "constants"): raise unknown("normalization", normalization, ("data", "constants"))
+    if normalization not in ("data", "constants"): raise unknown("normalization=", normalization, ("data", "constants"))
     if normalization == "constants" and name not in CONSTANTS:
         raise LabError(f"normalization='constants': known for {', '.join(CONSTANTS)} only; use 'data' for {name}")
     raw = _read_source(name, data_folder(root), image_size)

@@ -125,7 +125,7 @@ def composition(self: MethodConfig) -> Composition: # noqa: F811
 def term(self: MethodConfig) -> tuple[str, float]: # "" is none
     "The feature term and its weight."
     name, equals, weight = self.feature.partition("=")
-    if name not in ("", *FEATURE_WEIGHTS): raise unknown("feature", name, FEATURE_WEIGHTS)
+    if name not in ("", *FEATURE_WEIGHTS): raise unknown("feature=", name, FEATURE_WEIGHTS)
     try: value = float(weight) if equals else FEATURE_WEIGHTS.get(name, 0.)
     except ValueError: value = -1.
     if 0 <= value < math.inf and (name or not equals): return name, value
@@ -143,8 +143,8 @@ def layers(self: MethodConfig) -> tuple[list[str], list[str]]: # of the student,
 def unused(self: DistillConfig) -> list[str]:
     "Fields that do nothing with this method."
     m = self.composition()
-    by_confidence = m.gate == "confidence"
-    weighs = m.weights in ("ca", "most_confident") or m.gate in ("confidence", "max_confidence")
+    by_confidence = m.gate not in ("constant", "schedule", "max_confidence")  # one of the user's own may be
+    weighs = m.weights in ("ca", "most_confident") or m.gate not in ("constant", "schedule")
     alike = m.weights in ("uniform", "most_confident") and m.gate in ("constant", "schedule")  # for each sample
     idle = dict(gamma=not by_confidence, threshold=not by_confidence, reduction=alike,
                 kd_alpha=(m.combine, m.gate, m.opening) == ("mix", "constant", 1.), confidences=not weighs,
@@ -196,7 +196,7 @@ def refuse_together(self: DistillConfig) -> None:
 # %% ../nbs/49_distill.ipynb #0fcbef6b
 _RECIPE = ("dataset data_root image_size limit val_fraction split_seed flip crop_padding normalization deterministic "
            "device threads batch_size optimizer lr momentum betas weight_decay schedule milestones final_lr warmup "
-           "grad_clip precision compile").split()
+           "grad_clip precision compile plugins").split()
 
 # %% ../nbs/49_distill.ipynb #c13d42a0
 def own_teachers(cfg: DistillConfig, data: Dataset) -> list[TrainConfig]:

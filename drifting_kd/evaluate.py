@@ -22,7 +22,7 @@ from .data import load_dataset, splits_hash
 from .plots import save_figure
 from .gallery import class_grid, image_grid
 from .models import count_parameters, model_name
-from .checkpoints import Checkpoint, find_all
+from .checkpoints import Checkpoint, explained, find_all
 from .extractors import as_extractor, slug
 from .fid import Score, load_stats
 from .variety import nearest
@@ -100,7 +100,7 @@ def open_data(self: Evaluator, first: Subject) -> None:
     name = cfg.dataset or first.config.get("dataset", "")
     if not name: raise LabError(f"{first.path} does not say which data it was trained on; give dataset=")
     root, size = cfg.data_root or first.config.get("data_root", ""), first.config.get("image_size", 0)
-    self.data = load_dataset(name, root, size, val_fraction=0)
+    with explained(first.config): self.data = load_dataset(name, root, size, val_fraction=0)
     use_threads(cfg.threads, self.data.image_size)
 
 # %% ../nbs/56_evaluate.ipynb #064f2f9d

@@ -232,7 +232,7 @@ def create_generator(name: str,             # one of list_generators()
                      alpha_min: float = 1.0, alpha_max: float = 1.0, # guidance strengths; one number is none
                     ) -> Generator:
     "A generator with fresh weights from torch's global seed; `model.spec` is all that `rebuild` needs."
-    if name not in GENERATORS: raise unknown("generator", name, GENERATORS)
+    if name not in GENERATORS: raise unknown("model=", name, GENERATORS)
     sizes = dict(num_classes=num_classes, channels=channels, image_size=image_size)
     for (key, value), least in zip(sizes.items(), (0, 1, 4)):
         if not isinstance(value, int) or isinstance(value, bool) or value < least:

@@ -308,7 +308,19 @@ def aekd_weights(teacher_logits: Tensor, labels: Tensor,
     return _min_norm(torch.einsum("jbc,kbc->jkb", g, g), cap, 1 if K == 2 else sweeps)
 
 # %% ../nbs/46_kd.ipynb #dad8632a
-GATES = ("constant", "schedule", "confidence", "max_confidence")
+def _constant(confidences: Tensor, value: float, **_) -> Tensor:
+    return confidences.new_full(confidences.shape[1:], value)
+
+def _schedule(confidences: Tensor, progress: float, value: float, end: float, **_) -> Tensor:
+    return _constant(confidences, value + (end - value) * progress)
+
+def _confidence(confidences: Tensor, gamma: float, threshold: float, **_) -> Tensor:
+    return (gamma * (confidences.mean(0) - threshold)).sigmoid()
+
+def _max_confidence(confidences: Tensor, **_) -> Tensor: return confidences.amax(0)
+
+# %% ../nbs/46_kd.ipynb #b4cd8929
+GATES = dict(constant=_constant, schedule=_schedule, confidence=_confidence, max_confidence=_max_confidence)
 
 # %% ../nbs/46_kd.ipynb #9618156a
 def gate_bounds(kind: str, gamma: float = 10., threshold: float = .5) -> tuple[float, float]:
@@ -327,7 +339,7 @@ def _check_gate(kind: str, confidences: Tensor, progress: float) -> None:
         raise LabError(f"progress={progress}: expected the part of training that is done, 0 to 1")
 
 # %% ../nbs/46_kd.ipynb #66286ee2
-def gate(kind: str,              # constant, schedule, confidence, max_confidence
+def gate(kind: str,              # of GATES
          confidences: Tensor,    # [K, B], each teacher's p(y)
          progress: float = 0.,   # of training, 0 to 1; a schedule needs it
          value: float = .9,      # of a constant; of a schedule at the start
@@ -336,10 +348,7 @@ def gate(kind: str,              # constant, schedule, confidence, max_confidenc
         ) -> Tensor:             # [B]
     "The share of the teachers in each sample's loss, 0 to 1."
     _check_gate(kind, confidences, progress)
-    if kind == "confidence": return (gamma * (confidences.mean(0) - threshold)).sigmoid()
-    if kind == "max_confidence": return confidences.amax(0)
-    now = value + (end - value) * progress if kind == "schedule" else value
-    return confidences.new_full(confidences.shape[1:], now)
+    return GATES[kind](confidences, progress=progress, value=value, end=end, gamma=gamma, threshold=threshold)
 
 # %% ../nbs/46_kd.ipynb #445c68a9
 def gate_saturated(g: Tensor, low: float = 0., high: float = 1., margin: float = .01) -> Tensor:
@@ -487,7 +496,7 @@ def composition(method: str | Composition, # a name of METHODS; "+ls", weights a
         if name not in known: raise unknown("field of a composition", name, known)
     if isinstance(method, Composition): return dataclasses.replace(method, **fields)
     base, *parts = str(method).split("+")
-    if base not in METHODS: raise unknown("method", base, METHODS)
+    if base not in METHODS: raise unknown("method=", base, METHODS)
     if base == "none" and parts:
         raise LabError("method none has no teachers: leave out weights, gate and ls, or choose another method")
     return dataclasses.replace(METHODS[base], **_named_parts(method, parts) | fields)
@@ -526,7 +535,7 @@ def _gate(m: Composition, teacher_logits: Tensor, labels: Tensor, progress: floa
     if m.gate in ("constant", "schedule"):  # only the shape is used
         return gate(m.gate, _wide(teacher_logits[..., 0]), progress, m.opening, m.end), {}
     c = _log_confidences(_wide(teacher_logits), labels, confidences).exp()
-    g = gate(m.gate, c, gamma=m.gamma, threshold=m.threshold)
+    g = gate(m.gate, c, progress, m.opening, m.end, m.gamma, m.threshold)
     mean, saturated = g.mean(), gate_saturated(g, *gate_bounds(m.gate, m.gamma, m.threshold))
     if m.gate == "confidence": shown = {"train/gate": mean, "train/avg_teacher_conf": c.mean()}
     else: shown = {"train/dynamic_alpha": mean, "train/max_teacher_conf_mean": mean}

@@ -78,6 +78,7 @@ class OptimizerConfig(MachineConfig):
 @dataclass
 class FitConfig(OptimizerConfig):
     "What the loop and the data need; every family inherits and adds."
+    task: str = param("", "a task of your own, by its name in TASKS; empty is the notebook's")
     grad_clip: float = param(0.0, "largest gradient norm; 0 is off", low=0)
     accumulation: int = param(1, "batches a step", low=1, high=10_000)
     ema_decay: float = param(0.0, "decay of the averaged weights; 0 is off", low=0, high=0.99999)

@@ -132,7 +132,7 @@ def create_model(name: str,            # one of list_models()
                  image_size: int = 32, # decides the stem of networks made for large images
                 ) -> nn.Module:
     "A classifier with fresh weights from torch's global seed; `model.spec` is all that `rebuild` needs."
-    if name not in MODELS: raise unknown("model", name, MODELS)
+    if name not in MODELS: raise unknown("model=", name, MODELS)
     sizes = dict(num_classes=num_classes, in_channels=in_channels, image_size=image_size)
     for key, value in sizes.items():
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:

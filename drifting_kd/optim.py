@@ -24,7 +24,7 @@ def optimizer_class(name: str) -> type:
     if name in native: return native[name]
     import_torchvision()
     from timm.optim import get_optimizer_class, get_optimizer_info, list_optimizers
-    if name not in list_optimizers(): raise unknown("optimiser", name, {*native, *list_optimizers()})
+    if name not in list_optimizers(): raise unknown("optimizer=", name, {*native, *list_optimizers()})
     if get_optimizer_info(name).second_order:
         raise LabError(f"optimiser {name!r} needs second derivatives, which this loop does not make; choose another")
     try: return get_optimizer_class(name, bind_defaults=False)

@@ -81,7 +81,7 @@ def find_runs(pattern: str | list,        # shell patterns of run names, several
               unfinished: str = "error",  # or skip
              ) -> Records:
     "The finished runs whose names match."
-    if unfinished not in ("error", "skip"): raise unknown("value of unfinished:", unfinished, ("error", "skip"))
+    if unfinished not in ("error", "skip"): raise unknown("unfinished=", unfinished, ("error", "skip"))
     states = {n: run_state(runs_folder() / n) for n in _matching(pattern)}
     half = tuple(n for n, state in states.items() if state != "finished")
     if half and unfinished == "error":

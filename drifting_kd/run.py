@@ -8,9 +8,9 @@ import contextlib, datetime, json, os, re, socket, time, warnings
 from pathlib import Path
 from fastcore.basics import patch
 from filelock import FileLock, Timeout
-from drifting_kd.core import (
-    Config, LabError, SCHEMA, atomic_write, environment, launched, plain, read_json, runs_folder, writable_folder,
-    write_json)
+from .core import (
+    Config, LabError, PLUGINS, SCHEMA, atomic_write, environment, launched, plain, read_json, runs_folder,
+    writable_folder, write_json)
 
 # %% auto #0
 __all__ = ['try_lock', 'holder', 'locked', 'Run', 'run_state', 'is_held', 'default_name', 'read_metrics', 'list_runs', 'once']
@@ -146,6 +146,17 @@ def _take_lock(self: Run) -> None:
                        "wait for it, stop it, or use another run_name")
     Run.held[str(self.path)] = lock
 
+# %% ../nbs/01_run.ipynb #8d1a179d
+@patch
+def _keep_plugins(self: Run) -> None:
+    "Copies of the plugins' sources."
+    for plugin in (PLUGINS[name] for name in self.cfg.loaded):
+        home = plugin.files[0].parent if len(plugin.files) == 1 else Path(os.path.commonpath(plugin.files)).parent
+        for file in plugin.files:
+            copy = self.path / "plugins" / file.relative_to(home)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            copy.write_bytes(file.read_bytes())
+
 # %% ../nbs/01_run.ipynb #243efafd
 @patch
 def _begin(self: Run) -> None:
@@ -156,7 +167,8 @@ def _begin(self: Run) -> None:
     if self.resumed: return self._continue(here)
     for sub in ("checkpoints", "figures", "samples", "eval"): (self.path / sub).mkdir(exist_ok=True)
     write_json(self.path / "environment.json", here)
-    content = plain(self.cfg) | {"run_name": self.name}
+    self._keep_plugins()
+    content = self.cfg.record() | {"run_name": self.name}
     write_json(self.path / "config.json", dict(kind=self.kind, hash=self.cfg.hash(), **content))
 
 # %% ../nbs/01_run.ipynb #38df0856
@@ -221,7 +233,7 @@ def _differs(self: Run, runs: dict) -> LabError:
 @patch
 def _unstarted(self: Run, path: Path) -> Path:
     "A folder that a kill left before its configuration was written; anything else of that name is not ours to touch."
-    own = ("environment.json", ".lock", "checkpoints", "figures", "samples", "eval")
+    own = ("environment.json", ".lock", "checkpoints", "figures", "samples", "eval", "plugins")
     def is_strange(p): return not p.name.endswith(".part") and (p.name not in own or p.is_dir() and any(p.iterdir()))
     strange = [p.name for p in path.iterdir() if is_strange(p)] if path.is_dir() else [path.name]
     if not strange: return path

@@ -608,4 +608,4 @@ def _read_source(name: str, folder: Path, image_size: int) -> Raw:
     if name in SOURCES: return SOURCES[name](folder, image_size)
     if re.fullmatch(r"[\w.+=-]+", name) and npz.exists(): return _npz(name, npz)
     there = {*SOURCES, *ALIASES, *(p.stem for p in folder.glob("*.npz"))}
-    raise unknown("data set", name, there, f"(or put x_train, y_train, x_test, y_test into {folder / 'NAME.npz'})")
+    raise unknown("dataset=", name, there, f"(or put x_train, y_train, x_test, y_test into {folder / 'NAME.npz'})")

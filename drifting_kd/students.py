@@ -13,7 +13,7 @@ from .run import Run
 from .track import start_tracker
 from .metrics import classification_metrics
 from .data import Batches, Dataset, Split, load_dataset
-from .checkpoints import Checkpoint, find
+from .checkpoints import Checkpoint, explained, find
 from .teachers import Teachers, halves, load_teacher, words_of_sources
 from .distill import votes
 
@@ -27,8 +27,9 @@ def student_data(source, facts: dict, data_root: str = "") -> Dataset:
     c, task = facts["config"], facts["task"]
     if task.get("kind") == "generator":
         raise LabError(f"{source} is a generator, no classifier; evaluate.ipynb and dkd fid judge its images")
-    data = load_dataset(c["dataset"], data_root or c["data_root"], c["image_size"], c["val_fraction"], c["split_seed"],
-                        c["limit"], c.get("normalization", "data"))
+    with explained(c):
+        data = load_dataset(c["dataset"], data_root or c["data_root"], c["image_size"], c["val_fraction"],
+                            c["split_seed"], c["limit"], c.get("normalization", "data"))
     if "data_sha256" not in task:
         raise LabError(f"{source} does not say which images it was trained on; give a checkpoint of a classifier")
     if data.sha256 != task["data_sha256"]:

@@ -11,7 +11,7 @@ from torch import nn
 from .core import LabError
 from .data import Dataset, load_dataset
 from .models import model_name
-from .checkpoints import Checkpoint, find, is_run, place, weights_sha256
+from .checkpoints import Checkpoint, explained, find, is_run, place, weights_sha256
 from .extractors import Extractor, as_extractor, default_judge
 from .fid import Stats, holds_stats, load_stats, reference_stats
 from .generate import labels_like, makes_images, used_sampling
@@ -134,7 +134,7 @@ def subject_stats(subject: Subject, judge: Extractor, n: int, alpha: float, seed
     name = config.get("dataset", "") or dataset
     if subject.model.num_classes:
         if not name: raise LabError(f"{subject.path} does not say which data it was trained on; give dataset=")
-        data = load_dataset(name, data_root or config.get("data_root", ""), val_fraction=0)
+        with explained(config): data = load_dataset(name, data_root or config.get("data_root", ""), val_fraction=0)
         condition = labels_like(data.train.labels, n, seed)
     sampling = used_sampling(subject.model, alpha=alpha or own_alpha(config))
     made = sample_stats(subject.model, judge, condition, n, seed, batch_size, **sampling)

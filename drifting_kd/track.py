@@ -323,7 +323,7 @@ def start_tracker(name: str,             # wandb, trackio, mlflow or none
                   job: str = "",         # "" is training; another word makes a tracker run of its own
                  ) -> Tracker:
     "Start a tracker in the background. Only a name or a package that does not exist is an error."
-    if name not in BACKENDS: raise unknown("tracker", name, BACKENDS)
+    if name not in BACKENDS: raise unknown("tracker=", name, BACKENDS)
     kind = BACKENDS[name]
     if kind.package and importlib.util.find_spec(kind.package) is None: need(kind.package, kind.extra or "dev")
     path, saved = run.path / "tracker.json", {}

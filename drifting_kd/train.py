@@ -11,7 +11,7 @@ import torch
 from fastcore.basics import patch
 from torch import nn
 from .core import (
-    LabError, choose_device, launched, leave_at_exit, mix, plain, read_json, write_json)
+    LabError, choose_device, launched, leave_at_exit, mix, plain, read_json, unknown, write_json)
 from .run import Run
 from .track import start_tracker
 from .sources import load_array
@@ -24,7 +24,7 @@ from .optim import make_optimizer, optimizer_settings
 from .loop import Best, Clock, FitConfig, Window, bar_text, log_line, progress_bar, run_summary
 
 # %% auto #0
-__all__ = ['DISK', 'Task', 'told', 'Loop', 'NotFinite', 'gpu_load', 'fit', 'open_run']
+__all__ = ['TASKS', 'DISK', 'Task', 'task_class', 'told', 'Loop', 'NotFinite', 'gpu_load', 'fit', 'open_run']
 
 # %% ../nbs/32_train.ipynb #98fb6032
 class Task:
@@ -50,6 +50,18 @@ class Task:
     def facts(self) -> dict: return {}
     def state(self) -> dict: return {}
     def load_state(self, state: dict) -> None: "Take back what `state` gave."
+
+# %% ../nbs/32_train.ipynb #99f5aa9c
+TASKS = {}  # name -> Task
+
+def task_class(name: str, # of TASKS; empty is the notebook's own
+               own: type, # what the notebook trains
+              ) -> type:
+    "The task that a configuration asks for, which can stand where the notebook's own stands."
+    if not name: return own
+    if name not in TASKS: raise unknown("task=", name, TASKS, "" if TASKS else "(none is loaded: name its plugin)")
+    if isinstance(TASKS[name], type) and issubclass(TASKS[name], own): return TASKS[name]
+    raise LabError(f"task={name!r} is no {own.__name__}, which this notebook trains; make it a subclass of that")
 
 # %% ../nbs/32_train.ipynb #755ad2b8
 def told(facts: dict) -> dict:
@@ -331,7 +343,7 @@ def checkpoint(self: Loop) -> dict:
     loop, facts = self._window_state(), self.task.facts()
     return dict(model=self.model.state_dict(), ema=self.ema.model.state_dict() if self.ema else None,
                 optimizer=self.optimizer.state_dict(), task=facts | {"state": self.task.state()}, rng=random_state(),
-                config=plain(self.cfg), factory=spec["factory"], kwargs=spec["kwargs"], step=self.step,
+                config=self.cfg.record(), factory=spec["factory"], kwargs=spec["kwargs"], step=self.step,
                 epoch=self.step // self.cadence.epoch, metrics=plain(self.last_metrics | told(facts)), loop=loop)
 
 # %% ../nbs/32_train.ipynb #944f5993

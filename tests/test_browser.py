@@ -265,7 +265,7 @@ def test_wrong_value_is_one_line_and_starts_nothing(seen):
         text([seen.wrong[at]])
         .strip()
         .splitlines()[-1]
-        .startswith(ERROR + "unknown optimiser 'adamv'; did you mean 'adam")
+        .startswith(ERROR + "optimizer='adamv' is not known; did you mean 'adam")
     )
     assert (
         text(seen.wrong).count(ERROR) == 1

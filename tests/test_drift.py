@@ -66,7 +66,7 @@ def test_two_processes_share_the_groups(lab):
 
 REFUSED = [(dict(temps=[0.1, 0.0]), "temperatures above 0"), (dict(alpha=9.0), "outside what is trained"),
            (dict(groups=11), "has 10 classes"), (dict(positives=900), "use at most"),
-           (dict(model="resnet8"), "unknown model"), (dict(encoder="no-such"), "is no run"),
+           (dict(model="resnet8"), "model='resnet8' is not known"), (dict(encoder="no-such"), "is no run"),
            (dict(judge="mnist"), "28 pixels")]
 
 @pytest.mark.parametrize("settings, words", REFUSED, ids=["-".join(settings) for settings, _ in REFUSED])
