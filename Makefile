@@ -31,9 +31,10 @@ slow: .venv/ready-dev
 	$(BIN)/python -m pytest -q tests --durations=10
 	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive WANDB_MODE=offline $(BIN)/nbdev_test --n_workers 2 --timing --flags slow
 
-# what a contributor runs before a commit: library from notebooks, notebooks without noise
+# what a contributor runs before a commit: library from notebooks, names and ranges for dkd, notebooks without noise
 notebooks: .venv/ready-dev
 	$(BIN)/nbdev_export
+	$(BIN)/python -m drifting_kd.known
 	$(BIN)/nbdev_clean
 
 .venv/bin/python:

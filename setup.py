@@ -14,7 +14,7 @@ setup(
     author=cfg["author"], author_email=cfg["author_email"], license="Apache-2.0",
     long_description=(Path(__file__).parent / "README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
-    packages=find_packages(include=["drifting_kd*"]), package_data={"drifting_kd": ["weights/*"]},
+    packages=find_packages(include=["drifting_kd*"]), package_data={"drifting_kd": ["weights/*", "known.json"]},
     include_package_data=True, zip_safe=False,
     python_requires=f">={cfg['min_python']}", install_requires=lines("requirements"), extras_require=extras,
     entry_points={"console_scripts": lines("console_scripts"),

@@ -6,14 +6,15 @@
 from __future__ import annotations
 import argparse, ast, contextlib, datetime, json, logging, os, re, sys, time
 from pathlib import Path
-from .core import LabError, check_value, project_root, runs_folder, split_words, unknown
+from .core import LabError, check_value, load_plugins, project_root, runs_folder, split_words, unknown
 from .run import list_runs, run_state, try_lock
 from .sweep import BUSY, Local, claim, expand, load_matrix, load_yaml, run_sweep, shown
+from .known import check_known, check_source
 
 # %% auto #0
-__all__ = ['KEY_METRICS', 'COMMANDS', 'find_notebook', 'parameters_cell', 'declared', 'cast', 'parameters', 'NeverStarted',
-           'execute', 'run_command', 'table', 'notebook_of', 'runs_command', 'sweep_command', 'compare_command',
-           'fid_command', 'reference_command', 'evaluate_command', 'parser', 'main']
+__all__ = ['KEY_METRICS', 'COMMANDS', 'find_notebook', 'parameters_cell', 'declared', 'cast', 'config_read', 'parameters',
+           'NeverStarted', 'execute', 'run_command', 'table', 'notebook_of', 'runs_command', 'sweep_command',
+           'compare_command', 'fid_command', 'reference_command', 'evaluate_command', 'parser', 'main']
 
 # %% ../nbs/70_cli.ipynb #953954db
 def find_notebook(name: str) -> Path:
@@ -72,6 +73,12 @@ def cast(name: str,     # the parameter
         raise LabError(f"{name}={value!r} ({type(value).__name__}): expected text; put it in quotes")
     return check_value(name, value, default)
 
+# %% ../nbs/70_cli.ipynb #b98e63da
+def config_read(notebook: Path) -> str:
+    "The configuration that a notebook's guard reads; an empty text where there is none."
+    text = notebook.read_text(encoding="utf-8")
+    return found[1] if (found := re.search(r"guard\.read\((\w+)\)", text)) else ""
+
 # %% ../nbs/70_cli.ipynb #4b676d33
 def parameters(notebook: Path, # with one tagged cell
                preset: dict,   # name -> text or value, of a file
@@ -82,6 +89,7 @@ def parameters(notebook: Path, # with one tagged cell
     for name, value in [*preset.items(), *given]:
         if name not in cell: raise unknown("parameter", name, cell)
         typed[name] = cast(name, value, *cell[name])
+    check_known(config_read(notebook), typed)
     return typed
 
 # %% ../nbs/70_cli.ipynb #d4964439
@@ -182,11 +190,19 @@ def _claimed(name: str):
     finally:
         if lock: lock.release()
 
+# %% ../nbs/70_cli.ipynb #76c60afa
+def _placed(plugins: str) -> str:
+    "Plugins as they are found from the project's folder, too."
+    def place(word): return str(Path(word).resolve()) if word.endswith(".py") and Path(word).is_file() else word
+    return plugins if Path.cwd() == project_root() else " ".join(map(place, split_words(plugins)))
+
 # %% ../nbs/70_cli.ipynb #b2cac466
 def run_command(args) -> int:
     "`dkd run`"
     notebook = find_notebook(args.notebook)
     typed = parameters(notebook, load_yaml(args.file, text=True) if args.file else {}, args.p)
+    if "plugins" in typed: typed["plugins"] = _placed(typed["plugins"])
+    if env := os.environ.get("DKD_PLUGINS"): os.environ["DKD_PLUGINS"] = _placed(env)
     if not args.once: return _run(notebook, typed, args.output)
     if not typed.get("run_name"): raise LabError("--once needs a run_name, by which others know the run")
     with _claimed(name := typed["run_name"]) as mine:
@@ -296,6 +312,9 @@ def compare_command(args) -> int:
 # %% ../nbs/70_cli.ipynb #83c352e8
 def fid_command(args) -> int:
     "`dkd fid`"
+    for text in (args.real, args.fake, args.floor): check_source(text, args.data_root)
+    check_known("EvaluateConfig", dict(extractor=args.extractor, dataset=args.dataset, data_root=args.data_root))
+    load_plugins(args.plugins)
     from drifting_kd.subjects import checkpoint_of, judge_for, own_alpha, size_for, stats_of
     from drifting_kd.fid import fid, kid
     from drifting_kd.classify import use_threads
@@ -320,6 +339,8 @@ def reference_command(args) -> int:
     from drifting_kd.subjects import judge_for, stats_of
     if not args.output.endswith(".npz"): raise LabError(f"{args.output}: expected a name that ends in .npz")
     source = f"{args.dataset}:{args.split}"
+    check_source(source, args.data_root)
+    load_plugins(args.plugins)
     judge = judge_for([source], args.extractor, args.mode, args.device, args.data_root)
     stats = stats_of(source, judge, data_root=args.data_root, image_size=args.image_size)
     Path(args.output).parent.mkdir(parents=True, exist_ok=True)
@@ -332,6 +353,7 @@ def reference_command(args) -> int:
 # %% ../nbs/70_cli.ipynb #57403aca
 def evaluate_command(args) -> int:
     "`dkd evaluate`"
+    load_plugins(args.plugins)
     from drifting_kd.checkpoints import find
     from drifting_kd.students import evaluate_student
     file = find(args.source)
@@ -383,6 +405,11 @@ def _many_words(commands) -> None:
         p.add_argument("--workers", type=int, default=1, metavar="N", help="runs at a time")
         p.set_defaults(do=do)
 
+# %% ../nbs/70_cli.ipynb #e13d60da
+def _add_plugins(p) -> None:
+    p.add_argument("--plugins", default="", metavar="FILES",
+                   help="Python files or modules with parts of your own, in words; they are run")
+
 # %% ../nbs/70_cli.ipynb #ce7fb0f8
 def _evaluate_words(commands) -> None:
     p = commands.add_parser("evaluate", help="accuracy, calibration and teacher agreement of a trained classifier: "
@@ -394,6 +421,7 @@ def _evaluate_words(commands) -> None:
                    help="where its data are now (default: where they were)")
     p.add_argument("--tracker", default="none", help="wandb, trackio or mlflow: a tracker run of its own")
     p.add_argument("--device", default="cpu")
+    _add_plugins(p)
     p.set_defaults(do=evaluate_command)
 
 # %% ../nbs/70_cli.ipynb #8d44ec9c
@@ -407,6 +435,7 @@ def _add_judge(p) -> None:
                    help="where data sets are (default: DKD_DATA, else data/)")
     p.add_argument("--image-size", type=int, default=0, metavar="PIXELS",
                    help="side of a data set's images (default: a run's own, else the data's)")
+    _add_plugins(p)
 
 # %% ../nbs/70_cli.ipynb #b90b9791
 def _fid_words(commands) -> None:

@@ -10,7 +10,8 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
 from fastcore.basics import patch
-from .core import LabError, check_run_name, project_root, read_json, runs_folder, unknown
+from .core import (
+    LabError, check_run_name, find_plugin, plugin_words, project_root, read_json, runs_folder, unknown)
 from .run import is_held, run_state
 
 # %% auto #0
@@ -173,8 +174,11 @@ def _executed(run: dict) -> dict | None:
 # %% ../nbs/60_sweep.ipynb #4173a522
 def _as_given(run: dict, path: Path, what: str) -> bool:
     "True; where the run that is there was given other parameters, an error."
-    there, given = read_json(path / "config.json"), (_executed(run) or {}).get("parameters", {})
+    there = dict(plugins_sha256={}) | read_json(path / "config.json")
+    given = (_executed(run) or {}).get("parameters", {})
     def same(k, v): return v == there.get(k) or as_text(v) in (as_text(there.get(k)), as_text(given.get(k)))
+    now = {p.name: p.sha256 for p in map(find_plugin, plugin_words(run.get("plugins", "")))}
+    run = {k: v for k, v in run.items() if k != "plugins"} | dict(plugins_sha256=now)
     if other := [f"{k} (there {there.get(k)!r}, here {v!r})" for k, v in run.items() if not same(k, v)]:
         raise LabError(f"run {path.name} {what} with other parameters: {'; '.join(other)}; "
                        f"use another name, or move {path} away")
