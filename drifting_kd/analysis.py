@@ -10,13 +10,13 @@ import torch
 from torch import nn
 from .core import LabError, generator, unknown
 from .data import Batches, Split
-from .models import layer_names, output_sizes, parameter_layers
+from .models import CONVOLUTIONS, layer_names, output_sizes, parameter_layers
 from .checkpoints import Frozen
 from .keeping import undisturbed
 
 # %% auto #0
 __all__ = ['CORRUPTIONS', 'HISTORIES', 'judge_split', 'corrupt', 'robustness', 'weight_norms', 'gradient_norms', 'activation_rms',
-           'layer_history', 'network_history', 'maximise', 'channel_maps']
+           'layer_history', 'network_history', 'maximise', 'map_layers', 'channel_maps']
 
 # %% ../nbs/34_analysis.ipynb #dcfa771d
 def judge_split(judge: Frozen, split: Split) -> tuple[np.ndarray, np.ndarray]:
@@ -228,6 +228,12 @@ def maximise(judge: Frozen,
         length = up.flatten(1).norm(dim=1).clamp(min=1e-30).view(-1, 1, 1, 1, 1)  # a silent channel stays where it is
         with torch.no_grad(): spectrum += lr * size * up / length
     with torch.no_grad(): return _painted(spectrum, scale).cpu()
+
+# %% ../nbs/34_analysis.ipynb #201464f3
+def map_layers(model: nn.Module) -> list[str]:
+    "The layers whose maps are looked at, from the input to the output."
+    convolutions = [name for name, m in model.named_modules() if isinstance(m, CONVOLUTIONS)]
+    return list(getattr(model, "stages", ())) or convolutions
 
 # %% ../nbs/34_analysis.ipynb #96395f0b
 def channel_maps(judge: Frozen,

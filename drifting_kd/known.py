@@ -6,8 +6,9 @@
 from __future__ import annotations
 import functools, importlib, importlib.metadata, json, os
 from pathlib import Path
-from .core import LabError, Parameters, atomic_write, check_value, load_plugins, plugin_words, project_root
-from .core import runs_folder, unknown
+from drifting_kd.core import (
+    LabError, Parameters, atomic_write, check_value, find_plugin, load_plugins, plugin_words, project_root, runs_folder,
+    unknown)
 
 # %% auto #0
 __all__ = ['CONFIGS', 'KNOWN_FILE', 'config_class', 'live_names', 'collect', 'write_known', 'known', 'check_known',
@@ -122,6 +123,7 @@ def check_known(config: str, # the class that a notebook reads
                 given: dict, # parameters in their types
                ) -> None:
     "Refuse what the notebook would refuse, without loading torch."
+    for word in plugin_words(given.get("plugins", "")): find_plugin(word)
     for field, rule in known()["configs"].get(config, {}).items():
         if field not in given: continue
         value = given[field]
