@@ -415,6 +415,7 @@ class Config(Parameters):
     project: str = param("drifting_kd", "project name for the tracker")
 
     NOT_COMPARED = ("run_name", "resume", "tracker", "project", "data_root", "plugins")  # they change no number
+    LATER = dict(plugins_sha256={}, task="", warmup_from_zero=False)  # what runs of version 0.1 do not have is this
 
     def __post_init__(self):
         super().__post_init__()
@@ -426,10 +427,18 @@ class Config(Parameters):
 
     def identity(self) -> dict:
         "What of it decides the numbers; of plugins it is the content, wherever they lie."
-        return {k: v for k, v in self.record().items() if k not in self.NOT_COMPARED}
+        return {k: v for k, v in self.record().items() if k not in self.NOT_COMPARED and self.LATER.get(k, ...) != v}
 
     def hash(self) -> str:
         return hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()[:16]
+
+# %% ../nbs/00_core.ipynb #49c2ead1
+@patch
+def differs(self: Config, saved: dict) -> list[str]:
+    "What a saved configuration has otherwise, each in words."
+    mine = {k: v for k, v in self.record().items() if k not in self.NOT_COMPARED}
+    then = {k: saved.get(k, self.LATER.get(k)) for k in mine}
+    return [f"{k} (there {then[k]!r}, here {v!r})" for k, v in mine.items() if then[k] != v]
 
 # %% ../nbs/00_core.ipynb #269f47ab
 _LITERALS = (bool, int, float, str, list, tuple, dict, type(None))

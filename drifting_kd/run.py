@@ -223,11 +223,9 @@ def _find_named(self: Run, path: Path) -> Path | None:
 @patch
 def _differs(self: Run, runs: dict) -> LabError:
     "The error that names what the nearest of these runs has different."
-    mine = self.cfg.identity()
-    def differ(s): return [f"{k} (there {s.get(k)!r}, here {v!r})" for k, v in mine.items() if s.get(k) != v]
-    near = min(runs, key=lambda p: len(differ(runs[p])))
+    near = min(runs, key=lambda p: len(self.cfg.differs(runs[p])))
     return LabError(f"resume=True, but unfinished run {near.name} has another configuration: "
-                    f"{'; '.join(differ(runs[near]))}; use its values, or resume=False")
+                    f"{'; '.join(self.cfg.differs(runs[near]))}; use its values, or resume=False")
 
 # %% ../nbs/01_run.ipynb #d4f3373f
 @patch
