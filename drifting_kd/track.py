@@ -5,15 +5,16 @@
 # %% ../nbs/02_track.ipynb #e74c1f14
 from __future__ import annotations
 import contextlib, hashlib, importlib.util, logging, netrc, os, queue, re
-import secrets, threading, time, urllib.parse, warnings
+import secrets, shutil, threading, time, urllib.parse, warnings
 from pathlib import Path
 from fastcore.basics import patch
-from .core import LabError, need, plain, project_root, read_json, runs_folder, unknown, write_json
+from .core import LabError, environ, need, plain, project_root, read_json, runs_folder, unknown, write_json
 from .run import Run, locked
 
 # %% auto #0
-__all__ = ['QUEUE', 'IMAGE_BYTES', 'BACKENDS', 'Backend', 'wandb_key', 'wandb_mode', 'Wandb', 'Trackio', 'Mlflow',
-           'tracker_patience', 'Degraded', 'Tracker', 'start_tracker', 'index_artifact', 'resolve_artifact']
+__all__ = ['QUEUE', 'IMAGE_BYTES', 'BACKENDS', 'Backend', 'wandb_key', 'wandb_mode', 'Wandb', 'hold_file', 'value_table',
+           'Trackio', 'Mlflow', 'tracker_patience', 'Degraded', 'Tracker', 'start_tracker', 'index_artifact',
+           'resolve_artifact']
 
 # %% ../nbs/02_track.ipynb #529ce87d
 class Backend:
@@ -68,11 +69,6 @@ class Wandb(Backend):
         self.tracked.log({key: pictures, "step": step})
     def summary(self, values: dict) -> None: self.tracked.summary.update(values)
     def file(self, path: Path) -> None: self.tracked.save(str(path), base_path=str(path.parent), policy="now")
-    def artifact(self, path, name, aliases, kind) -> None:
-        if self.mode != "online": return  # the local index has it; offline, wandb would copy it into the home folder
-        artifact = self.wandb.Artifact(name, type=kind)
-        artifact.add_file(str(path), policy="immutable")
-        self.tracked.log_artifact(artifact, aliases=list(aliases))
     def close(self) -> None: self.tracked.finish()
 
 # %% ../nbs/02_track.ipynb #f8f71c2e
@@ -98,11 +94,55 @@ def start(self: Wandb, mode: str) -> None:
     quiet = dict(silent=True, quiet=True, console="off", disable_git=True, disable_code=True, save_code=False,
                  disable_job_creation=True, x_disable_meta=True, x_disable_machine_info=True)
     patience = dict(init_timeout=float(os.environ.get("WANDB_INIT_TIMEOUT", 15)), login_timeout=10)
-    self.tracked = self.wandb.init(
+    with self.at_home(): self.tracked = self.wandb.init(
         project=self.project, name=self.name, id=self.id, dir=str(self.run.path), mode=mode, config=self.config,
         group=self.run.name if self.job else None, job_type=self.job or "train",
         resume="allow" if mode == "online" else None, settings=self.wandb.Settings(**quiet, **patience))
     self.tracked.define_metric("*", step_metric="step")  # wandb's own step can't go back to a checkpoint's, ours can
+
+# %% ../nbs/02_track.ipynb #1cc7d11d
+@patch
+def at_home(self: Wandb):
+    "Within the block, wandb's own folders are in the run's."
+    places = dict(WANDB_DATA_DIR="data", WANDB_CACHE_DIR="cache")
+    return environ(**{k: os.environ.get(k) or self.run.path.resolve() / "wandb" / v for k, v in places.items()})
+
+# %% ../nbs/02_track.ipynb #b765e37c
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as f: return hashlib.file_digest(f, "sha256").hexdigest()
+
+# %% ../nbs/02_track.ipynb #ca097b77
+def hold_file(path: Path,   # may be replaced at any time
+              folder: Path, # of what one alias means
+             ) -> Path:
+    "A name that stays for the file as it is now; the one that was held before goes."
+    folder.mkdir(parents=True, exist_ok=True)
+    part = folder / f".{os.getpid()}.part"
+    part.unlink(missing_ok=True)
+    try: os.link(path, part)
+    except OSError: shutil.copyfile(path, part)  # a disk without links
+    held = folder / f"{_sha256(part)[:16]}{path.suffix}"
+    os.replace(part, held)
+    part.unlink(missing_ok=True)  # renaming a file to another of its own names leaves both
+    for old in folder.iterdir():
+        if old != held: old.unlink()
+    return held
+
+# %% ../nbs/02_track.ipynb #23425552
+@patch
+def artifact(self: Wandb, path: Path, name: str, aliases: tuple, kind: str) -> None:
+    if self.mode not in ("online", "offline"): return
+    name, inside = _plain_name(name), f"{_plain_name(name)}{path.suffix}"  # equal files are equal versions
+    with self.at_home():
+        made, policy = self.wandb.Artifact(name, type=kind), "mutable"
+        if self.mode == "offline":
+            place = self.run.path.resolve() / "wandb" / "held" / name / "+".join(aliases)
+            path, policy = hold_file(path, place), "immutable"
+        made.add_file(str(path), name=inside, policy=policy, skip_cache=True)
+        self.tracked.log_artifact(made, aliases=list(aliases))
+
+# %% ../nbs/02_track.ipynb #cf440e90
+def _plain_name(name: str) -> str: return re.sub(r"[^\w.-]", "_", name)
 
 # %% ../nbs/02_track.ipynb #fd11d254
 @patch
@@ -110,6 +150,12 @@ def abandon(self: Wandb) -> str:
     self.mode = "abandoned"  # no second attempt
     self.wandb.setup()._connection._cleanup()  # its service goes when this process does
     return f"; send what is missing later with `wandb sync {self.run.path / 'wandb'}/*run-*`"
+
+# %% ../nbs/02_track.ipynb #425fd246
+def value_table(values: dict) -> str:
+    "A markdown table of names and values."
+    def text(v) -> str: return f"{v:.6g}" if isinstance(v, float) else str(v).replace("|", "\\|").replace("\n", " ")
+    return "\n".join(["| name | value |", "|---|---|", *(f"| {k} | {text(v)} |" for k, v in values.items())])
 
 # %% ../nbs/02_track.ipynb #5617bd9b
 class Trackio(Backend):
@@ -125,11 +171,20 @@ class Trackio(Backend):
         self.tracked = trackio.init(project=self.project, name=self.name, config=self.config, embed=False,
                                     resume="allow" if self.resumed else "never", auto_log_gpu=False, auto_log_cpu=False)
 
-    def log(self, metrics: dict, step: int) -> None: self.tracked.log(metrics, step=step)
+    def log(self, metrics: dict, step: int) -> None:
+        curves = {k: v for k, v in metrics.items() if k not in self.config and not k.startswith("test/")}
+        if curves: self.tracked.log(curves, step=step)
     def images(self, key, images, captions, step) -> None:
         pictures = [self.trackio.Image(i, caption=c) for i, c in zip(images, captions)]
         self.tracked.log({f"{key}/{n}" if len(pictures) > 1 else key: p for n, p in enumerate(pictures)}, step=step)
-    def summary(self, values: dict) -> None: self.tracked.log({f"summary/{k}": v for k, v in values.items()})
+    def summary(self, values: dict) -> None:
+        self.tracked.log({"summary": self.trackio.Markdown(value_table(values))})
+    def file(self, path: Path) -> None:
+        self.tracked.log_artifact(path, name=_plain_name(f"{self.name}-{path.name}"), type="file")
+    def artifact(self, path, name, aliases, kind) -> None:
+        made = self.trackio.Artifact(_plain_name(name), type=kind)
+        made.add_reference(path.resolve().as_uri())  # a copy of every checkpoint would fill the disk
+        self.tracked.log_artifact(made, aliases=[a for a in aliases if a != "latest"])  # its own, for the newest
     def close(self) -> None: self.tracked.finish()
 
 # %% ../nbs/02_track.ipynb #316d7088
@@ -149,7 +204,7 @@ class Mlflow(Backend):
     def summary(self, values: dict) -> None: self.client.log_dict(self.id, values, "summary.json")
     def file(self, path: Path) -> None: self.client.log_artifact(self.id, str(path))
     def artifact(self, path, name, aliases, kind) -> None:  # the local index has the file
-        self.client.set_tag(self.id, f"artifact.{self.legal(name)}", f"{','.join(aliases)} {path}")
+        for alias in aliases: self.client.set_tag(self.id, f"artifact.{self.legal(f'{name}.{alias}')}", str(path))
     def close(self) -> None: self.client.set_terminated(self.id)
 
 # %% ../nbs/02_track.ipynb #877b3986
@@ -271,9 +326,39 @@ def _remember(self: _Courier) -> None:
         write_json(path, saved | {_key(self.name, self.backend.job): {"id": self.backend.id}})
     except (OSError, LabError) as e: self.problems.append(f"cannot keep its run id ({_short(e)})")
 
+# %% ../nbs/02_track.ipynb #012cdddb
+class _Clerk:
+    "Keeps the local index, in the background."
+    def __init__(self): self.waiting, self.lock, self.thread, self.problems = {}, threading.Lock(), None, []
+
+    def put(self, path: Path, name: str, aliases: tuple, kind: str) -> None:
+        with self.lock:
+            self.waiting[name, aliases] = path, kind
+            if self.thread: return
+            self.thread = threading.Thread(target=self._work, daemon=True, name="artifacts")
+            self.thread.start()
+
+    def _work(self) -> None:
+        while True:
+            with self.lock:
+                if not self.waiting:
+                    self.thread = None
+                    return
+                (name, aliases), (path, kind) = next(iter(self.waiting.items()))
+                del self.waiting[name, aliases]
+            try: index_artifact(path, name, aliases, kind)
+            except Exception as e: self.problems.append(f"artifact {name} did not enter the local index ({_short(e)})")
+
+    def finish(self) -> None:
+        if thread := self.thread: thread.join()
+
 # %% ../nbs/02_track.ipynb #80cb96dc
 class Tracker(_Courier):
     "The one face: every call returns at once, none raises, each first fault is one warning."
+    def __init__(self, name: str, backend: Backend):
+        self.clerk = _Clerk()
+        super().__init__(name, backend)
+
     def log(self, metrics: dict, step: int) -> None: self._call("log", plain(metrics), int(step))
 
     def images(self, key: str, images, captions: list[str], step: int) -> None:
@@ -286,8 +371,7 @@ class Tracker(_Courier):
 
     def artifact(self, path: str | Path, name: str, aliases: tuple = ("latest",), kind: str = "model") -> None:
         "A file that others ask for by `name:alias`; it enters the local index whatever the tracker."
-        try: index_artifact(path, name, aliases, kind)
-        except (OSError, LabError) as e: self._warn(f"artifact {name} did not enter the local index ({_short(e)})")
+        self.clerk.put(Path(path), name, tuple(aliases), kind)
         self._call("artifact", Path(path), name, tuple(aliases), kind)
 
 # %% ../nbs/02_track.ipynb #23887241
@@ -300,7 +384,10 @@ def _picture(image):
 # %% ../nbs/02_track.ipynb #59634b09
 @patch
 def finish(self: Tracker) -> None:
-    "Wait for what is left to send, a limited time."
+    "Wait for what is left to send, a limited time, and for the local index."
+    self.clerk.finish()
+    for problem in self.clerk.problems[:1]: self._warn(problem)
+    self.clerk.problems.clear()
     if self.closed: return
     self.closed, end = True, time.monotonic() + self.patience
     if self.thread and not self.dead:
@@ -332,10 +419,6 @@ def start_tracker(name: str,             # wandb, trackio, mlflow or none
         except LabError as e: warnings.warn(f"tracker {name} starts a new run, because {e}", stacklevel=2)
     return Tracker(name, kind(run, config, saved, job))
 
-# %% ../nbs/02_track.ipynb #b765e37c
-def _sha256(path: Path) -> str:
-    with open(path, "rb") as f: return hashlib.file_digest(f, "sha256").hexdigest()
-
 # %% ../nbs/02_track.ipynb #6aea0609
 def _index() -> dict:
     path = runs_folder() / "artifacts.json"
@@ -357,25 +440,34 @@ def resolve_artifact(reference: str,                # "model-<run>:best"; withou
                      project: str = "drifting_kd",  # where wandb looks, when the index does not have it
                     ) -> Path:
     "The file behind `name:alias`, verified: from the local index, else from wandb when it is online."
-    key = reference if ":" in reference else f"{reference}:latest"
-    known = _index()
-    if key not in known:
-        if wandb_mode() != "online": raise unknown("artifact", key, known, f"in {runs_folder() / 'artifacts.json'}")
-        return _download_artifact(key, project)
-    path, recorded = project_root() / known[key]["path"], known[key]["sha256"]
-    if not path.is_file(): raise LabError(f"artifact {key}: {path} is gone; restore the file, or make it again")
-    if (sha := _sha256(path)) == recorded: return path
+    key, patience = reference if ":" in reference else f"{reference}:latest", 5
+    while True:
+        known = _index()
+        if key not in known:
+            if wandb_mode() != "online": raise unknown("artifact", key, known, f"in {runs_folder() / 'artifacts.json'}")
+            return _download_artifact(key, project)
+        path, recorded = project_root() / known[key]["path"], known[key]["sha256"]
+        if not path.is_file(): raise LabError(f"artifact {key}: {path} is gone; restore the file, or make it again")
+        if (sha := _sha256(path)) == recorded: return path
+        if not patience or time.time() - path.stat().st_mtime > 5: break
+        patience -= 1
+        time.sleep(.1)  # it was written just now: the index may follow
     raise LabError(f"artifact {key}: {path} has changed since it was recorded (sha256 {sha[:12]}, "
                    f"recorded {recorded[:12]}); restore it, or record it again")
 
 # %% ../nbs/02_track.ipynb #1e916938
 def _download_artifact(key: str, project: str) -> Path:
-    "An artifact from wandb, into `runs/artifacts/`."
+    "An artifact from wandb, into `runs/artifacts/`, a folder for each version; its files are those of the manifest."
     os.environ.setdefault("WANDB_SILENT", "true")
     import wandb
-    place = runs_folder() / "artifacts" / re.sub(r"[^\w.-]", "_", key)
-    full = key if "/" in key else f"{project}/{key}"
-    try: folder = Path(wandb.Api(timeout=20).artifact(full).download(root=str(place)))
+    *owner, name = key.split("/")
+    name, _, alias = name.partition(":")
+    full = "/".join([*(owner or [project]), f"{_plain_name(name)}:{alias}"])
+    try:
+        found = wandb.Api(timeout=20).artifact(full)
+        place = runs_folder() / "artifacts" / _plain_name("/".join([*owner, found.name]))
+        folder = Path(found.download(root=str(place)))
+        found.verify(root=str(folder))
     except Exception as e:
         raise LabError(f"artifact {key} is neither in {runs_folder() / 'artifacts.json'} "
                        f"nor to be had from wandb ({_short(e)})") from e
