@@ -303,9 +303,11 @@ def caption_grid(images: Tensor,    # uint8 [N, H, W, C]
 
 # %% ../nbs/42_generate.ipynb #83eea977
 @patch
-def preview(self: Generate, model: nn.Module, run: Run) -> None:
-    "Samples by caption, the same noise each time."
+def preview(self: Generate, model: nn.Module, run: Run) -> dict:
+    "Samples by caption, the same noise each time; a tracker gets up to twenty, a caption each."
     condition = self.shown_condition()
     words = captions(condition, self.data.classes, 10)
     images = self.sample(model, condition, len(words), mix(self.cfg.seed, _LOOK, 1))
     save_figure(caption_grid(images, words), run.path / "samples" / f"step_{self.steps_done:08d}.png")
+    every = -(-len(words) // 20)
+    return {"eval/samples": (images[::every], words[::every])}

@@ -44,7 +44,8 @@ class Task:
     def loss(self, batch, step: int) -> tuple[torch.Tensor, dict]: raise NotImplementedError
     def after_step(self, step: int) -> None: "Second optimisers, queues."
     def evaluate(self, model: nn.Module, split: str) -> dict: return {}
-    def preview(self, model: nn.Module, run: Run) -> None: "Pictures into the run's figures/ or samples/."
+    def preview(self, model: nn.Module, run: Run) -> dict | None:
+        "Pictures into the run's figures/ or samples/; what the tracker gets: key -> (uint8 NHWC images, captions)."
     def parameters(self) -> list[nn.Parameter]: return list(self.model.parameters())  # of second modules, too
     def recent(self) -> dict: return {}  # metrics of the last batches that cost too much for every log line
     def facts(self) -> dict: return {}
@@ -80,6 +81,8 @@ def gather(self: Task, *arrays: torch.Tensor) -> list[np.ndarray]:
 # %% ../nbs/32_train.ipynb #08cf8580
 class Loop:
     "The state of one training; `fit` makes it and calls `go`."
+    tracker = None  # of the first process, while it trains
+
     def __init__(self, task: Task, cfg: FitConfig, run: Run):
         if task.used:
             raise LabError("this task was trained before, so its weights are not those of the seed; make a new model "
@@ -296,6 +299,13 @@ def log(self: Loop) -> None:
 @patch(as_prop=True)
 def inference_model(self: Loop) -> nn.Module: return self.ema.model if self.ema else self.model
 
+# %% ../nbs/32_train.ipynb #3b0a7cc9
+@patch
+def show(self: Loop, pictures: dict | None) -> None:
+    "A preview's pictures, to the tracker."
+    for key, (images, captions) in (pictures or {}).items():
+        if self.tracker: self.tracker.images(key, images, captions, self.step)
+
 # %% ../nbs/32_train.ipynb #ecb77b67
 @patch
 def evaluate(self: Loop) -> bool:
@@ -308,7 +318,7 @@ def evaluate(self: Loop) -> bool:
     with undisturbed(self.inference_model) as model, self.autocast():
         with output_sizes(model, layers) as sizes: metrics = self.task.evaluate(model, "val")
         if not math.isfinite(metrics.get("val/loss", 0.0)): self.diverged("the validation loss is", self.step)
-        if self.rank == 0: self.task.preview(model, self.run)
+        if self.rank == 0: self.show(self.task.preview(model, self.run))
     seconds, cpu_seconds = self.clock.read()
     times = {"progress/train_seconds": seconds, "progress/train_cpu_seconds": cpu_seconds}
     self.write(metrics | self._strengths(sizes, layers) | times)
@@ -364,6 +374,16 @@ def publish(self: Loop) -> None:
     if self.best.at(self.step): link_file(folder / "last.pt", folder / "best.pt")
     if self.cfg.keep_last: link_file(folder / "last.pt", folder / f"step_{self.step:08d}.pt")
     for old in sorted(folder.glob("step_*.pt"))[:-self.cfg.keep_last or None]: old.unlink()
+    self.register(("best", "latest") if self.best.at(self.step) else ("latest",))
+
+# %% ../nbs/32_train.ipynb #2f1b5260
+@patch
+def register(self: Loop, aliases: tuple = ("best", "latest")) -> None:
+    "Give the tracker the checkpoints as `model-<run>:best` and `:latest`."
+    files = dict(best="best", latest="last")
+    for alias in aliases:
+        path = self.run.path / "checkpoints" / f"{files[alias]}.pt"
+        if self.tracker and path.exists(): self.tracker.artifact(path, f"model-{self.run.name}", (alias,))
 
 # %% ../nbs/32_train.ipynb #3c09ac28
 @patch
@@ -498,12 +518,9 @@ def _summary(self: Loop) -> dict:
 # %% ../nbs/32_train.ipynb #63142d42
 @patch
 def _hand_over(self: Loop, summary: dict) -> None:
-    "Results and checkpoints to the tracker."
+    "Results to the tracker."
     self.tracker.log(plain({k: v for k, v in summary.items() if k.startswith("test/")}), self.step)
     self.tracker.summary(plain(summary))
-    for alias in ("last", "best"):
-        path, name = self.run.path / "checkpoints" / f"{alias}.pt", "latest" if alias == "last" else alias
-        if path.exists(): self.tracker.artifact(path, f"model-{self.run.name}", (name,))
 
 # %% ../nbs/32_train.ipynb #e2667176
 @patch
@@ -563,10 +580,18 @@ def _wrapped(self: Loop) -> nn.Module:
 # %% ../nbs/32_train.ipynb #e0fdd7d6
 @patch
 def _tracker(self: Loop, resolved: dict):
-    "A tracker that knows the configuration, what it came to, and the task's facts (not its measurements)."
+    "A tracker that knows the configuration, what it came to, sizes, and the task's facts (not its measurements)."
     facts = {k: v for k, v in plain(self.task.facts()).items() if "/" not in k}
-    given = plain(self.cfg) | {f"resolved/{k}": v for k, v in resolved.items()} | facts
+    given = plain(self.cfg) | {f"resolved/{k}": v for k, v in resolved.items()} | facts | self._sizes()
     return start_tracker(self.cfg.tracker, self.run, given, resumed=self.run.resumed)
+
+# %% ../nbs/32_train.ipynb #f531a550
+@patch
+def attach(self: Loop) -> None:
+    "Configuration, environment and splits, as files of the tracker run; a continued run also gives its checkpoints."
+    for name in ("config.json", "environment.json", "splits.npz"):
+        if (path := self.run.path / name).exists(): self.tracker.file(path)
+    if self.run.resumed: self.register()
 
 # %% ../nbs/32_train.ipynb #af1895f0
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO)
@@ -582,6 +607,7 @@ def go(self: Loop) -> dict:
     self.bar = progress_bar(self.cadence.total, self.step) if self.rank == 0 else None
     try:
         if self.rank == 0 and hasattr(self.task, "data"): self.record_splits()
+        if self.tracker: self.attach()
         self.train()
         return self.finish()
     except OSError as e:
