@@ -244,6 +244,7 @@ class Distill(Classify):
     def __init__(self, model: nn.Module, data: Dataset, cfg: DistillConfig):
         super().__init__(model, data, cfg)
         self.method, self.teachers, self.regressors, self.said = cfg.composition(), None, nn.ModuleDict(), {}
+        self.steps_done = 0
         self.epoch_steps, self.total = cfg.length(cfg.batches(len(data.train)))
         self.feature, self.feature_weight = cfg.term()
         self.kind = "crossfit" if cfg.confidences == "folds" else cfg.confidences
@@ -426,15 +427,16 @@ def terms(self: Distill, batch: Batch, step: int, pixels: list[Tensor],
         found.append(distill_terms(self.method, student, said, batch.y, progress, sure, cfg.label_smoothing, view))
     return found, taught
 
-# %% ../nbs/49_distill.ipynb #95c6f979
+# %% ../nbs/49_distill.ipynb #9e5de724
 @patch
-def loss(self: Distill, batch: Batch, step: int) -> tuple[Tensor, dict]:
-    "The method's loss of a batch, and the feature term beside it."
-    pixels = self.pixels(batch, step)
-    x = normalize(pixels[0] if len(pixels) == 1 else torch.cat(pixels), self.data.mean, self.data.std)
-    if self.cfg.noise: x = x + torch.rand(len(x), 1, 1, 1, device=x.device) * torch.randn_like(x) * self.noise
-    looking = activations(self.model, self.layers[0]) if self.feature else contextlib.nullcontext()
-    with looking as inside: logits = self.net(x)
+def objective(self: Distill,
+              net, model: nn.Module, # how a network is called, and the network that is looked into
+              x: Tensor,             # normalised pixels of all views
+              batch: Batch, step: int, pixels: list[Tensor],
+             ) -> tuple[Tensor, dict, Tensor]:
+    "Loss, metrics, and the logits of the usual view."
+    looking = activations(model, self.layers[0]) if self.feature else contextlib.nullcontext()
+    with looking as inside: logits = net(x)
     own = logits.chunk(len(pixels))
     found, taught = self.terms(batch, step, pixels, own)
     loss, metrics = sum(part for part, _ in found), dict(found[0][1])
@@ -444,7 +446,17 @@ def loss(self: Distill, batch: Batch, step: int) -> tuple[Tensor, dict]:
         term = self.feature_loss(usual, taught, batch.y)
         loss = loss + self.feature_weight * term
         metrics |= {"train/loss_feature": term.detach(), "train/loss_total": loss.detach()}
-    return loss, metrics | self.answered(own[0], batch.y)
+    return loss, metrics, own[0]
+
+# %% ../nbs/49_distill.ipynb #95c6f979
+@patch
+def loss(self: Distill, batch: Batch, step: int) -> tuple[Tensor, dict]:
+    "The method's loss of a batch, and the feature term beside it."
+    pixels = self.pixels(batch, step)
+    x = normalize(pixels[0] if len(pixels) == 1 else torch.cat(pixels), self.data.mean, self.data.std)
+    if self.cfg.noise: x = x + torch.rand(len(x), 1, 1, 1, device=x.device) * torch.randn_like(x) * self.noise
+    loss, metrics, logits = self.objective(self.net, self.model, x, batch, step, pixels)
+    return loss, metrics | self.answered(logits, batch.y)
 
 # %% ../nbs/49_distill.ipynb #f2693beb
 @torch.no_grad()
@@ -461,14 +473,38 @@ def teachers_say(self: Distill, split: str) -> np.ndarray: # [N, 1 + K]
         self.said[split], = self.gather(votes(answers))
     return self.said[split]
 
+# %% ../nbs/49_distill.ipynb #c5d74e47
+@patch
+@torch.no_grad()
+def method_loss(self: Distill, model: nn.Module, split: str) -> float:
+    "The method's own loss on a whole split, over all processes."
+    part, sums = self.part(split), torch.zeros(1, 2, dtype=torch.float64)
+    n = len(part)
+    size = -(-n // -(-n // 512))
+    batches = HostBatches(part, -(-size // self.world) * self.world, 0, augment=False, shuffle=False, drop_last=False,
+                          rank=self.rank, world=self.world, device=self.device)
+    for batch in batches:
+        pixels = [batch.x if v == "weak" else strong_pixels(batch.x, batch.index, self.cfg.seed, 0)
+                  for v in self.method.views]
+        x = normalize(torch.cat(pixels), self.data.mean, self.data.std)
+        loss = self.objective(model, model, x, batch, self.steps_done, pixels)[0]
+        sums += torch.tensor([[float(loss) * len(batch.y), len(batch.y)]], dtype=torch.float64)
+    total, count = np.sum(self.gather(sums)[0], 0, dtype=np.float64)
+    return float(total / count)
+
+# %% ../nbs/49_distill.ipynb #78b44b17
+@patch
+def after_step(self: Distill, step: int) -> None: self.steps_done = step + 1
+
 # %% ../nbs/49_distill.ipynb #63c3b21d
 @patch
 def evaluate(self: Distill, model: nn.Module, split: str) -> dict:
-    "A classifier's metrics, and agreement with the teachers."
+    "A classifier's metrics, agreement with the teachers, and on validation the method's own loss."
     if not len(self.part(split)): return {}
     logits, labels = self.logits(model, split)
     found = classification_metrics(logits, labels)
     if self.teachers: found["teacher_agreement"] = float((logits.argmax(1) == self.teachers_say(split)[:, 0]).mean())
+    if split == "val": found["loss_total"] = self.method_loss(model, split)
     return {f"{split}/{k}": v for k, v in found.items()}
 
 # %% ../nbs/49_distill.ipynb #846fc9bc
