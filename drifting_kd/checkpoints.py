@@ -152,6 +152,14 @@ def facts(self: Checkpoint) -> dict:
         self._facts = kept | dict(ema=only_averaged or c["ema"] is not None, raw=not only_averaged)
     return self._facts
 
+# %% ../nbs/11_checkpoints.ipynb #1e0901c3
+@patch(as_prop=True)
+def origin(self: Checkpoint) -> dict:
+    "`checkpoint_path` from the run's folder, `model_name`; of a distilled student teachers, method, temperature."
+    name = (self.facts["kwargs"] or {}).get("name") or model_name(self.model)
+    taught = {k: v for k, v in self.facts["task"].items() if k in ("teachers", "kd_method", "temperature")}
+    return dict(checkpoint_path=self.name, model_name=name) | taught
+
 # %% ../nbs/11_checkpoints.ipynb #da55322e
 @patch
 def build(self: Checkpoint,

@@ -265,14 +265,15 @@ def log(self: Told, row: dict, s: Sampled, classes: list) -> None:
 
 # %% ../nbs/56_evaluate.ipynb #612a98d2
 @patch
-def finish(self: Told, best: dict | None) -> None:
-    "The best checkpoint."
+def finish(self: Told, best: dict | None, checkpoints: list[Checkpoint]) -> None:
+    "The best checkpoint, and where it comes from."
     if self.tracker is None: return
     if best:
         name, value = distance_of(best)
         found = {"eval/best_checkpoint": best["checkpoint"], "eval/best_step": float_of(best, "step"),
                  f"eval/best_{slug(name)}": value}
-        self.tracker.summary(found | {k: best[k] for k in SETTINGS})
+        origin = next((c.origin for c in checkpoints if c.name == best["checkpoint"]), {})
+        self.tracker.summary(found | {k: best[k] for k in SETTINGS} | origin)
     self.tracker.finish()
 
 # %% ../nbs/56_evaluate.ipynb #e8fca18e
@@ -400,7 +401,7 @@ def _evaluate(cfg: EvaluateConfig) -> Evaluation:
     try:
         for checkpoint in e.checkpoints: take(e, checkpoint, told, result)
         conclude(e, result)
-        told.finish(result.best)
+        told.finish(result.best, e.checkpoints)
     finally: told.close()
     return result
 

@@ -90,7 +90,9 @@ def keep_and_tell(file: Checkpoint, found: dict, facts: dict, tracker: str) -> N
             warnings.warn(f"{folder} cannot be written ({e.strerror or e}), so the numbers are only told", stacklevel=2)
     run = Run.join(SimpleNamespace(project=c.get("project", "drifting_kd")), "evaluate", str(file.home), False)
     told = start_tracker(tracker, run, plain(c) | facts, job="evaluate")
-    told.log(found, file.facts["step"]), told.summary(found), told.finish()
+    told.log(found, file.facts["step"])
+    told.summary(found | file.origin | dict(split=facts["split"], agrees_with=facts["teachers"]))
+    told.finish()
 
 # %% ../nbs/57_students.ipynb #ee4e7470
 def evaluate_student(source,                # what `find` takes: a run, a checkpoint file or an artifact
