@@ -1,7 +1,8 @@
 """The real trackers, offline and with a network that is dead, in processes of their own."""
 import pytest
-import json, os, socket, sqlite3, subprocess, sys, threading, time
+import json, os, signal, socket, sqlite3, struct, subprocess, sys, threading, time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from conftest import train
 
 SCRIPT = """
 import sys, time, warnings
@@ -15,14 +16,21 @@ from drifting_kd.track import start_tracker
 name, resume = sys.argv[1], sys.argv[2] == "resume"
 run = Run(Config(run_name="a", tracker=name, project="toy", resume=resume), "toy")
 start = time.perf_counter()
-tracker = start_tracker(name, run, plain(run.cfg), resumed=run.resumed)
+tracker = start_tracker(name, run, plain(run.cfg) | {"model/size": 2.5}, resumed=run.resumed)
+tracker.log({"model/size": 2.5}, 0)
 for step in range(3 * resume, 3 * resume + 3):
     tracker.log({"train/loss": 1 / (step + 1), "dataset/name": "digits", "val/loss": float("nan")}, step)
+    (run.path / "last.part").write_bytes(b"weights of step %d" % step)
+    (run.path / "last.part").replace(run.path / "last.pt")
+    tracker.artifact(run.path / "last.pt", "model-a+b", ("latest",))
+    if step == 1: tracker.artifact(run.path / "last.pt", "model-a+b", ("best",))
+    if "slowly" in sys.argv:  # each is sent before the next one is saved
+        while tracker.calls.qsize(): time.sleep(.01)
+        time.sleep(.1)
 tracker.images("samples/grey", np.zeros((2, 8, 8, 1), np.uint8), ["a zero", "a one"], step)
-(run.path / "final_model.pt").write_bytes(b"weights")
+tracker.log({"test/accuracy": .97}, step)
 tracker.summary({"test/accuracy": .97})
-tracker.file(run.path / "config.json")
-tracker.artifact(run.path / "final_model.pt", "model-a", ("best", "latest"))
+for name in ("config.json", "environment.json"): tracker.file(run.path / name)
 print("calls", time.perf_counter() - start)
 tracker.finish()
 run.close()
@@ -34,6 +42,7 @@ NAMES = {"train/loss", "dataset/name"}
 def track(root, name, *words, wait="30", cwd=None, check=True, **env):
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("WANDB", "MLFLOW", "TRACKIO"))} | {
         "NETRC": str(root / "none"),
+        "HOME": str(root / "home"),
         "DKD_ROOT": str(root),
         "DKD_TRACKER_WAIT": wait,
         "OMP_NUM_THREADS": "1",
@@ -49,6 +58,30 @@ def track(root, name, *words, wait="30", cwd=None, check=True, **env):
     )
     assert done.returncode == 0, done.stderr
     return done
+
+
+def wandb_records(path) -> list:
+    "What an offline run holds for `wandb sync`: the records of its log, in LevelDB's format."
+    from wandb.proto.wandb_internal_pb2 import Record
+    data, at, records, part = path.read_bytes(), 7, [], b""
+    while at + 7 <= len(data):
+        if 2**15 - at % 2**15 < 7: at += 2**15 - at % 2**15  # no room for a header in this block
+        length, kind = struct.unpack("<HB", data[at + 4:at + 7])
+        if not kind: break
+        part += data[at + 7:at + 7 + length]
+        if kind in (1, 4):  # whole, or the last part
+            records.append(Record.FromString(part))
+            part = b""
+        at += 7 + length
+    return records
+
+
+def artifacts_in(path) -> list:
+    """Name, alias, and the only file of each artifact in such a log: where it is, and what it should hold.
+
+    wandb adds `latest` to whatever comes, so what is `latest` comes last."""
+    found = [r.artifact for r in wandb_records(path) if r.WhichOneof("record_type") == "artifact"]
+    return [(a.name, "best" if "best" in a.aliases else a.aliases[0], a.manifest.contents[0]) for a in found]
 
 
 def seconds(done):
@@ -82,6 +115,65 @@ def test_wandb_offline_keeps_one_id_and_no_secrets(tmp_path):
     )
     for p in files: assert b"planted" not in p.read_bytes(), p
     assert not [p for p in cwd.iterdir() if p.name != ".git"]         # nothing lands where the caller stands
+
+
+def test_wandb_offline_holds_artifacts_and_files(tmp_path):
+    """For a later `wandb sync`: each save is a record, and the newest file of each alias stays as it was recorded.
+
+    A superseded one goes, and nothing lies in the home folder."""
+    pytest.importorskip("wandb")
+    import base64, hashlib
+    (tmp_path / "home").mkdir()
+    for word in ("new", "resume"):
+        done = track(tmp_path, "wandb", word, "slowly", wait="60")
+        assert done.stderr == "", done.stderr
+    run = tmp_path / "runs/a"
+    (run / "last.pt").unlink()                                                    # and what was held stays
+    first, second = sorted(p for p in run.glob("wandb/offline-run-*/*.wandb"))
+    for log, aliases, kept in (
+        (first, ["latest", "latest", "best", "latest"], {"best": b"weights of step 1"}),
+        (second, ["latest"] * 3, {"latest": b"weights of step 5"}),
+    ):
+        found = artifacts_in(log)
+        assert [alias for _, alias, _ in found] == aliases and {name for name, *_ in found} == {"model-a_b"}
+        there = {}
+        for _, alias, entry in found:
+            held = tmp_path.joinpath(entry.local_path)
+            assert held.is_absolute() and held.is_relative_to(run / "wandb/held") and entry.path == "model-a_b.pt"
+            if not held.exists(): continue
+            digest = base64.b64encode(hashlib.md5(held.read_bytes()).digest()).decode()
+            assert digest == entry.digest
+            there[alias] = held.read_bytes()
+        assert there == kept
+        records = {str(f.path) for r in wandb_records(log) for f in r.files.files}
+        assert {"config.json", "environment.json"} <= records
+        assert {"config.json", "environment.json"} <= {p.name for p in (log.parent / "files").iterdir()}
+    assert len([p for p in (run / "wandb/held").rglob("*") if p.is_file()]) == 2
+    assert not list((tmp_path / "home").rglob("*")), list((tmp_path / "home").rglob("*"))
+    known = json.loads((tmp_path / "runs/artifacts.json").read_text())["artifacts"]
+    assert known["model-a+b:latest"]["sha256"] == hashlib.sha256(b"weights of step 5").hexdigest()
+
+
+def test_a_killed_run_has_its_checkpoints(lab):
+    "In the local index and at the tracker, which is real and offline."
+    pytest.importorskip("wandb")
+    settings = dict(tracker="wandb", run_name="killed", limit=200, epochs=200, eval_every=10, keep_last=1)
+    process = train(wait=False, **settings)
+    index, end = lab / "runs/artifacts.json", time.time() + 60
+    while time.time() < end and process.poll() is None:
+        time.sleep(.05)
+        if index.exists() and len(list((lab / "runs/killed/wandb/held/model-killed").glob("*/*.pt"))) >= 2: break
+    time.sleep(.2)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (lab / "runs/killed/metrics.json").exists()
+    assert set(json.loads(index.read_text())["artifacts"]) == {"model-killed:best", "model-killed:latest"}
+    log, = (lab / "runs/killed/wandb").glob("offline-run-*/*.wandb")
+    found = artifacts_in(log)
+    assert {alias for _, alias, _ in found} == {"best", "latest"}
+    assert len(found) > 2, "only at the end"
+    files = {path.name for r in wandb_records(log) for path in (lab.joinpath(f.path) for f in r.files.files)}
+    assert {"config.json", "environment.json", "splits.npz"} <= files
 
 
 def test_wandb_key_never_reaches_the_run_folder(tmp_path):
@@ -160,9 +252,15 @@ def test_trackio_is_local(tmp_path):
     assert done.stderr == "" and len(done.stdout.splitlines()) == 2, (done.stdout, done.stderr)
     with sqlite3.connect(tmp_path / "runs/trackio/toy.db") as db:
         rows = db.execute("select run_name, step, cast(metrics as text) from metrics").fetchall()
+        configs = [json.loads(c) for c, in db.execute("select cast(config as text) from configs")]
+        versions = db.execute("select name, type from artifacts").fetchall()
     assert {r[0] for r in rows} == {"a"} and {s for _, s, m in rows if "train/loss" in m} == set(range(6))
     text = " ".join(r[2] for r in rows)
     assert all(key in text for key in NAMES | {"test/accuracy", "samples/grey", "a zero"})
+    points = [k for _, _, m in rows for k, v in json.loads(m).items() if isinstance(v, (int, float))]
+    assert {k for k in points if points.count(k) == 1} == set(), points      # curves, and no chart with one point
+    assert configs[0]["model/size"] == 2.5 and "| test/accuracy | 0.97 |" in text
+    assert {("model-a_b", "model"), ("a-config.json", "file"), ("a-environment.json", "file")} <= set(versions)
 
 
 def test_mlflow_is_local(tmp_path):
@@ -179,7 +277,10 @@ def test_mlflow_is_local(tmp_path):
         assert db.execute("select value from params where key = 'run_name'").fetchall() == [("a",)]
         assert db.execute("select status from runs").fetchone() == ("FINISHED",)
     kept = {p.name for p in (tmp_path / "runs/mlartifacts").rglob("*")}
-    assert {"summary.json", "config.json", "step00000002_0.png"} <= kept
+    assert {"summary.json", "config.json", "environment.json", "step00000002_0.png"} <= kept
+    with sqlite3.connect(tmp_path / "runs/mlruns.db") as db:
+        tags = dict(db.execute("select key, value from tags where key like 'artifact.%'").fetchall())
+    assert tags == {f"artifact.model-a_b.{alias}": str(tmp_path / "runs/a/last.pt") for alias in ("best", "latest")}
 
 
 def test_artifacts_of_many_processes(tmp_path):
@@ -196,3 +297,48 @@ def test_artifacts_of_many_processes(tmp_path):
     assert [w.wait(60) for w in writers] == [0, 0, 0]
     index = json.loads((tmp_path / "runs/artifacts.json").read_text())["artifacts"]
     assert set(index) == {f"m{n}-{i}:latest" for n in range(3) for i in range(20)}
+
+
+LISTEN = """
+import json
+from drifting_kd import track
+class Listener(track.Backend):
+    def open(self): self.out = open(self.run.path / "heard.jsonl", "w")
+    def write(self, *call): print(json.dumps(call), file=self.out, flush=True)
+    def log(self, metrics, step): self.write("log", step, metrics)
+    def images(self, key, images, captions, step): self.write("images", step, key, [i.shape for i in images], captions)
+    def summary(self, values): self.write("summary", values)
+    def file(self, path): self.write("file", path.name)
+    def artifact(self, path, name, aliases, kind): self.write("artifact", name, *aliases)
+track.BACKENDS["none"] = Listener
+"""
+GENERATED = dict(family="drift", limit=0, steps=20, warmup=2, eval_every=10, batch_size=100, positives=8, unconditional=4,
+                 eval_samples=100, num_samples=100, epochs=1)
+
+
+@pytest.mark.parametrize("method", ["class", "joint"])
+def test_previews_of_generators_reach_the_tracker(lab, method):
+    "Pictures with a caption each, at every evaluation, and the files and checkpoints of the run."
+    done = train(LISTEN, run_name="made", method=method, **GENERATED)
+    assert done.returncode == 0, done.stderr
+    heard = [json.loads(line) for line in (lab / "runs/made/heard.jsonl").read_text().splitlines()]
+    shown = [call[1:] for call in heard if call[0] == "images"]
+    words = [str(c) for c in range(10) for _ in range(2)] if method == "class" else ["any"] * 10
+    assert shown == [[step, "eval/samples", [[8, 8]] * len(words), words] for step in (10, 20)]
+    assert len(list((lab / "runs/made/samples").glob("*.png"))) == 2
+    assert [c[1] for c in heard if c[0] == "file"] == ["config.json", "environment.json", "splits.npz"]
+    assert [c[2] for c in heard if c[0] == "artifact"].count("latest") == 2
+    assert {"test/digits_fd", "checkpoint_path", "model_name"} <= set(next(c[1] for c in heard if c[0] == "summary"))
+
+
+def test_a_student_tells_who_taught_it(lab):
+    "In the run's own summary, and its own loss on validation at every evaluation."
+    done = train(LISTEN, family="distill", run_name="taught", limit=200, val_fraction=.3, batch_size=40, model="judge",
+                 teacher_models="judge judge", teacher_epochs=2, baseline=False)
+    assert done.returncode == 0, done.stderr
+    heard = [json.loads(line) for line in (lab / "runs/taught/heard.jsonl").read_text().splitlines()]
+    told = next(c[1] for c in heard if c[0] == "summary")
+    assert told["checkpoint_path"] == "checkpoints/best.pt" and told["model_name"] == "judge"
+    assert len(told["teachers"]) == 2 and told["kd_method"] == "dynamic" and told["temperature"] > 0
+    losses = [c[2]["val/loss_total"] for c in heard if c[0] == "log" and "val/loss" in c[2]]
+    assert len(losses) == 3 and told["val/loss_total"] in losses
