@@ -369,7 +369,7 @@ def calibrate(self: Teachers, seed: int) -> Calibration:
 @patch
 def confidences(self: Teachers,
                 logits: Tensor, # [K, B, C]
-                batch: Batch,   # training images: their labels and indices
+                batch: Batch,   # labels and indices; images that no teacher has seen are calibrated, not crossfitted
                 kind: str = "raw", # raw, calibrated, crossfit or label_free
                ) -> Tensor:     # [K, B], in [0, 1]
     "How sure each teacher is of each image."
@@ -385,7 +385,8 @@ def confidences(self: Teachers,
     if kind == "calibrated": return odds.sigmoid()
     known, source, target = self.calibration.quantiles
     index, rows = upload(batch.index, logits.device), [q[:, batch.y].flatten(0, 1) for q in (source, target)]
-    return torch.where(known[:, index], transport(odds.flatten(), *rows).view_as(odds), odds).sigmoid()
+    seen = known[:, index.clamp(max=known.shape[1] - 1)] & (index < known.shape[1])  # the last indices may be unseen
+    return torch.where(seen, transport(odds.flatten(), *rows).view_as(odds), odds).sigmoid()
 
 # %% ../nbs/48_teachers.ipynb #b453ae1a
 def _nearest(means: dict, target: float) -> str:

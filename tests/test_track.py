@@ -312,8 +312,8 @@ class Listener(track.Backend):
     def artifact(self, path, name, aliases, kind): self.write("artifact", name, *aliases)
 track.BACKENDS["none"] = Listener
 """
-GENERATED = dict(family="drift", limit=0, steps=20, warmup=2, eval_every=10, batch_size=100, positives=8, unconditional=4,
-                 eval_samples=100, num_samples=100, epochs=1)
+GENERATED = dict(family="drift", limit=0, steps=20, warmup=2, eval_every=10, batch_size=100, positives=8,
+                 unconditional=4, eval_samples=100, num_samples=100, epochs=1)
 
 
 @pytest.mark.parametrize("method", ["class", "joint"])
