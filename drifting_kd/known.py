@@ -103,7 +103,7 @@ def _words(field: str, value: str) -> list[tuple[str, str]]:
     return [(word, "") for word in (value.replace(",", " ").split() if field == "teacher_models" else [value])]
 
 # %% ../nbs/62_known.ipynb #1c716b5f
-def _check_names(field: str, value: str, table: str, given: dict) -> None:
+def _refuse_unnamed(field: str, value: str, table: str, given: dict) -> None:
     "Refuse a name that is nowhere."
     for word, own in _words(field, value):
         what = own or table
@@ -128,7 +128,7 @@ def check_known(config: str, # the class that a notebook reads
         if field not in given: continue
         value = given[field]
         if not isinstance(value, (list, tuple)): check_value(field, value, value, **rule)
-        if value and "names" in rule: _check_names(field, value, rule["names"], given)
+        if value and "names" in rule: _refuse_unnamed(field, value, rule["names"], given)
 
 # %% ../nbs/62_known.ipynb #c87bdd1d
 def check_source(text: str,       # digits:test, or anything else that images come from
@@ -139,7 +139,7 @@ def check_source(text: str,       # digits:test, or anything else that images co
     if split not in ("train", "test"):
         if name not in known()["names"]["datasets"]: return  # perhaps an artifact
         raise LabError(f"{text}: expected {name}:train or {name}:test")
-    _check_names("dataset", name, "datasets", dict(data_root=data_root))
+    _refuse_unnamed("dataset", name, "datasets", dict(data_root=data_root))
 
 # %% ../nbs/62_known.ipynb #38ad976e
 if __name__ == "__main__" and "__file__" in globals(): write_known()
