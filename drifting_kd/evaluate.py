@@ -38,9 +38,9 @@ from .curves import distance_vs_step, neighbours_grid
 from .subjects import Subject, check_fits, own_judge, still_there
 
 # %% auto #0
-__all__ = ['NETWORKS', 'Evaluator', 'check_one_kind', 'claim_folder', 'is_complete', 'Plan', 'words_before', 'plan_for',
-           'png_writer', 'preview', 'draw_table', 'Told', 'metadata', 'save_pictures', 'sample_subject', 'report_line',
-           'write_down', 'sample_and_score', 'Evaluation', 'take', 'conclude', 'evaluate']
+__all__ = ['NETWORKS', 'Evaluator', 'check_one_kind', 'claim_folder', 'is_complete', 'Plan', 'words_before', 'clean_up',
+           'plan_for', 'png_writer', 'preview', 'draw_table', 'Told', 'metadata', 'save_pictures', 'sample_subject',
+           'report_line', 'write_down', 'sample_and_score', 'Evaluation', 'take', 'conclude', 'evaluate']
 
 # %% ../nbs/56_evaluate.ipynb #461563b5
 class Evaluator:
@@ -191,6 +191,11 @@ def words_before(old: dict, cfg: EvaluateConfig) -> list[str]:
     other_clip = old.get("clip_model", cfg.clip_model) not in (cfg.clip_model, "nan", "")
     return [w for w in before if w != "clip"] if other_clip and "clip" in split_words(cfg.metrics) else before
 
+# %% ../nbs/56_evaluate.ipynb #32d7a003
+def clean_up(artifact: Path, cfg: EvaluateConfig) -> None:
+    "Remove the generated/ folder of an earlier evaluation, as the configuration says."
+    if cfg.cleanup_samples and not cfg.save_images: shutil.rmtree(artifact / "generated", ignore_errors=True)
+
 # %% ../nbs/56_evaluate.ipynb #33d8628f
 def plan_for(e: Evaluator, subject: Subject, row: dict) -> Plan:
     "Is it measured already? Else the words to measure, the folder, and its lock."
@@ -203,6 +208,7 @@ def plan_for(e: Evaluator, subject: Subject, row: dict) -> Plan:
     if same and cfg.skip_existing and set(words) <= set(before) and is_complete(artifact, cfg):
         if handle:
             shutil.rmtree(artifact / ".state", ignore_errors=True)  # of an evaluation that was killed after its row
+            clean_up(artifact, cfg)
             handle.release()
         return Plan("measured already")
     kept = {c: old[c] for w in NETWORKS if w in before and w not in words for c in NETWORKS[w] if c in old}
@@ -329,7 +335,7 @@ def write_down(e: Evaluator, subject: Subject, plan: Plan, told: Told, s: Sample
     row["metrics"] = " ".join([*plan.words, *kept])
     save_pictures(e, subject, row, score, s, artifact)
     write_json(artifact / "eval_metadata.json", metadata(e, subject, row, score, s, seconds, remarks))
-    if cfg.cleanup_samples and not cfg.save_images: shutil.rmtree(artifact / "generated", ignore_errors=True)
+    clean_up(artifact, cfg)
     told.log(row, s, e.data.classes)
     write_row(e.table, row)
     print(report_line(subject, score, s, sum(seconds.values()), remarks), flush=True)

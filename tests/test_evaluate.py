@@ -182,7 +182,8 @@ x = torch.randn(1001, 24, generator=torch.Generator().manual_seed(3)) * 5 + 100
 m = gather_moments(Moments(24, keep=True).add(x[:700] if rank == 0 else x[700:]))
 one = Moments(24, keep=True).add(x)
 near = lambda a, b: ((a - b).norm() / b.norm()).item()
-assert m.n == 1001 and near(m.mean, one.mean) < 1e-12 and near(m.cov, one.cov) < 1e-12 and m.features.equal(x)"""
+assert m.n == 1001 and near(m.mean, one.mean) < 1e-12 and near(m.cov, one.cov) < 1e-12 and m.features.equal(x)
+dist.destroy_process_group()"""  # one that outlives Python may abort it
 
 def test_moments_of_two_processes_are_those_of_one():
     env = os.environ | dict(OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT))
