@@ -12,11 +12,11 @@ from torch import nn
 from .core import LabError, import_torchvision, unknown
 
 # %% auto #0
-__all__ = ['MODELS', 'LEAST_SIZE', 'OWN', 'MOVED', 'EARLIER', 'CONVOLUTIONS', 'BATCHNORMS', 'conv3x3', 'projection', 'BasicBlock',
-           'Bottleneck', 'stack', 'he_convolutions', 'ResNet', 'list_models', 'create_model', 'count_parameters',
-           'rebuild', 'layer_names', 'known_layers', 'activations', 'parameter_layers', 'output_sizes', 'flops',
-           'model_name', 'describe', 'foldable', 'fold_batchnorm', 'conv_bn', 'Staged', 'PreActBlock', 'ShuffleUnit',
-           'InvertedResidual', 'ConvNeXt']
+__all__ = ['MODELS', 'LEAST_SIZE', 'STEMS', 'MOVED', 'EARLIER', 'CONVOLUTIONS', 'BATCHNORMS', 'conv3x3', 'projection',
+           'BasicBlock', 'Bottleneck', 'stack', 'he_convolutions', 'ResNet', 'list_models', 'create_model',
+           'count_parameters', 'rebuild', 'layer_names', 'known_layers', 'activations', 'parameter_layers',
+           'output_sizes', 'flops', 'model_name', 'describe', 'foldable', 'fold_batchnorm', 'conv_bn', 'Staged',
+           'PreActBlock', 'ShuffleUnit', 'InvertedResidual', 'ConvNeXt']
 
 # %% ../nbs/10_models.ipynb #99d035f1
 def conv3x3(inputs: int, outputs: int, stride: int = 1) -> nn.Conv2d:
@@ -122,7 +122,7 @@ def _imagenet_resnet(block: type, depths: tuple, num_classes: int, in_channels: 
 MODELS |= {name: functools.partial(_imagenet_resnet, block, depths) for name, block, depths in (
     ("resnet18", BasicBlock, (2, 2, 2, 2)), ("resnet34", BasicBlock, (3, 4, 6, 3)),
     ("resnet50", Bottleneck, (3, 4, 6, 3)))}
-OWN = {"resnet50": dict(stem_stride=2)}
+STEMS = {"resnet50": dict(stem_stride=2)}
 
 # %% ../nbs/10_models.ipynb #8d5fa920
 def list_models() -> list[str]:
@@ -134,7 +134,7 @@ def create_model(name: str,            # one of list_models()
                  num_classes: int = 10,
                  in_channels: int = 3, # 1 for grey
                  image_size: int = 32, # decides the stem of networks made for large images
-                 **own,                # in place of what OWN has for the network
+                 **own,                # in place of what STEMS has for the network
                 ) -> nn.Module:
     "A classifier with fresh weights from torch's global seed; `model.spec` is all that `rebuild` needs."
     if name not in MODELS: raise unknown("model=", name, MODELS)
@@ -145,7 +145,7 @@ def create_model(name: str,            # one of list_models()
     if image_size < LEAST_SIZE.get(name, 1):
         raise LabError(f"{name} needs images of at least {LEAST_SIZE[name]} pixels, given image_size={image_size}; "
                        "enlarge them, or use another network")
-    own = OWN.get(name, {}) | own
+    own = STEMS.get(name, {}) | own
     model = MODELS[name](**sizes, **own)
     model.spec = {"factory": "drifting_kd.models.create_model", "kwargs": dict(name=name) | sizes | own}
     return model
