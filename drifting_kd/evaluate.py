@@ -24,7 +24,7 @@ from .gallery import class_grid, image_grid
 from .models import count_parameters, model_name
 from .checkpoints import Checkpoint, explained, find_all
 from .extractors import as_extractor, slug
-from .fid import Score, load_stats
+from .fid import Score, is_published, load_stats, published_stats
 from .variety import nearest
 from .keeping import undisturbed
 from .classify import use_threads
@@ -114,7 +114,9 @@ def choose_judge(self: Evaluator) -> None:
                        "leave it out, or use extractor='inception'")
     self.judge = as_extractor(name, cfg.fid_mode if name == "inception" else "", self.device)
     self.judge(self.data.test.images[:2])
-    self.real = load_stats(cfg.reference, self.judge) if cfg.reference else None
+    root = cfg.data_root or self.first.config.get("data_root", "")
+    if is_published(cfg.reference): self.real = published_stats(cfg.reference, self.judge, root)
+    else: self.real = load_stats(cfg.reference, self.judge) if cfg.reference else None
     loaders = dict(lpips=lambda: lpips_network("alex", self.device),
                    clip=lambda: load_clip(cfg.clip_model, self.device))
     self.networks = {k: load() for k, load in loaders.items() if k in split_words(cfg.metrics)}

@@ -209,6 +209,7 @@ def test_old_table_is_kept(root, capsys):
     (dict(checkpoint="judge"), "makes no images"), (dict(dataset="shapes"), "has 3x32x32"),
     (dict(alpha=9.), "trained for 1 to 4"), (dict(checkpoint="toi"), "did you mean 'toy'"),
     (dict(extractor="judg"), "judg"), (dict(reference="no.npz"), "does not exist"),
+    (dict(reference="cleanfid:cifar10"), "Inception's, not those of digits"),
     (dict(fid_mode="legacy_tensorflow"), "has no modes"), (dict(threads=1, device="cuda:7"), "not on this machine")])
 def test_refused_before_anything_is_written(trained, settings, message): refused(trained, message, **settings)
 
