@@ -440,7 +440,8 @@ def _add_judge(p) -> None:
 # %% ../nbs/70_cli.ipynb #b90b9791
 def _fid_words(commands) -> None:
     p = commands.add_parser("fid", help="distance between two sets of images, with its floor: dkd fid digits:test RUN")
-    p.add_argument("real", metavar="A", help="the real images: digits:test, a folder, .zip, .npz, ...")
+    p.add_argument("real", metavar="A", help="the real images: digits:test, a folder, .zip, .npz, "
+                   "cleanfid:cifar10 (statistics that clean-fid has published), ...")
     p.add_argument("fake", metavar="B", help="the others; also a run of a generator or a checkpoint")
     p.add_argument("--n", type=int, default=0, metavar="N", help="how many of B (default: all; 10,000 of a generator)")
     p.add_argument("--alpha", type=float, default=0., help="guidance strength of a generator (default: its run's own)")

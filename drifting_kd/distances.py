@@ -22,13 +22,14 @@ class Moments:
         where = "cpu" if device.type == "mps" else device  # MPS has no float64
         self.dims, self.keep, self.n, self.kept = dims, keep, 0, []
         self.mean = torch.zeros(dims, dtype=torch.float64, device=where)
-        self.scatter = torch.zeros(dims, dims, dtype=torch.float64, device=where)
+        self.scatter = torch.zeros(dims, dims, dtype=torch.float64, device=where) # on and below the diagonal
 
     @property
     def cov(self) -> Tensor:
         "The unbiased covariance, exactly symmetric."
         if self.n < 2: raise LabError(f"{self.n} image{'s' * (self.n != 1)}; a covariance needs at least two")
-        return (self.scatter + self.scatter.T) / (2 * (self.n - 1))
+        lower = self.scatter.tril()
+        return lower.add_(lower.tril(-1).T).div_(self.n - 1)
 
     @property
     def features(self) -> Tensor | None: return torch.cat(self.kept) if self.kept else None
@@ -40,6 +41,12 @@ def _move(self: Moments, mean: Tensor, n: int) -> None:
     self.n += n
     self.mean = self.mean + (mean - self.mean) * (n / self.n)
 
+# %% ../nbs/22_distances.ipynb #6feac499
+def _add_products(scatter: Tensor, x: Tensor, block: int = 256) -> None:
+    "Add x' x to what is on and below the diagonal; of the blocks on it, all."
+    for end in range(block, x.shape[1] + block, block):
+        scatter[end - block:end, :end].addmm_(x[:, end - block:end].T, x[:, :end])
+
 # %% ../nbs/22_distances.ipynb #18d83a3f
 @patch
 def add(self: Moments, features: Tensor) -> Moments:
@@ -47,15 +54,17 @@ def add(self: Moments, features: Tensor) -> Moments:
     if features.ndim != 2 or features.shape[1] != self.dims:
         raise LabError(f"features of shape {tuple(features.shape)}; expected [N, {self.dims}]")
     if not len(features): return self
-    if not features.isfinite().all():
+    n, features = len(features), features.detach()
+    x = self.mean.new_empty(n + 1, self.dims)
+    x[:n] = features.to(self.mean.device)
+    mean = x[:n].mean(0)
+    if not mean.isfinite().all():  # nor are they; each of them need not be asked
         raise LabError("features are not finite; look at the images and at the judge's weights")
-    if self.keep: self.kept.append(features.detach().float().cpu())
-    x = features.detach().to(self.mean.device, torch.float64)
-    mean = x.mean(0)
-    shift = (mean - self.mean)[None] * math.sqrt(self.n * len(x) / (self.n + len(x)))  # of the mean, as one more row
-    x = torch.cat([x - mean, shift])
-    self.scatter.addmm_(x.T, x)
-    self._move(mean, len(features))
+    if self.keep: self.kept.append(features.float().cpu())
+    x[:n] -= mean
+    x[n] = (mean - self.mean) * math.sqrt(self.n * n / (self.n + n))  # of the mean, as one more row
+    _add_products(self.scatter, x)
+    self._move(mean, n)
     return self
 
 # %% ../nbs/22_distances.ipynb #63503afd

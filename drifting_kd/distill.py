@@ -196,7 +196,7 @@ def refuse_together(self: DistillConfig) -> None:
 # %% ../nbs/49_distill.ipynb #0fcbef6b
 _RECIPE = ("dataset data_root image_size limit val_fraction split_seed flip crop_padding normalization deterministic "
            "device threads batch_size optimizer lr momentum betas weight_decay schedule milestones final_lr warmup "
-           "grad_clip precision compile plugins").split()
+           "warmup_from_zero grad_clip precision compile plugins").split()
 
 # %% ../nbs/49_distill.ipynb #c13d42a0
 def own_teachers(cfg: DistillConfig, data: Dataset) -> list[TrainConfig]:

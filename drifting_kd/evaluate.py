@@ -24,7 +24,7 @@ from .gallery import class_grid, image_grid
 from .models import count_parameters, model_name
 from .checkpoints import Checkpoint, explained, find_all
 from .extractors import as_extractor, slug
-from .fid import Score, load_stats
+from .fid import Score, is_published, load_stats, published_stats
 from .variety import nearest
 from .keeping import undisturbed
 from .classify import use_threads
@@ -38,9 +38,9 @@ from .curves import distance_vs_step, neighbours_grid
 from .subjects import Subject, check_fits, own_judge, still_there
 
 # %% auto #0
-__all__ = ['NETWORKS', 'Evaluator', 'check_one_kind', 'claim_folder', 'is_complete', 'Plan', 'words_before', 'plan_for',
-           'png_writer', 'preview', 'draw_table', 'Told', 'metadata', 'save_pictures', 'sample_subject', 'report_line',
-           'write_down', 'sample_and_score', 'Evaluation', 'take', 'conclude', 'evaluate']
+__all__ = ['NETWORKS', 'Evaluator', 'check_one_kind', 'claim_folder', 'is_complete', 'Plan', 'words_before', 'clean_up',
+           'plan_for', 'png_writer', 'preview', 'draw_table', 'Told', 'metadata', 'save_pictures', 'sample_subject',
+           'report_line', 'write_down', 'sample_and_score', 'Evaluation', 'take', 'conclude', 'evaluate']
 
 # %% ../nbs/56_evaluate.ipynb #461563b5
 class Evaluator:
@@ -114,7 +114,9 @@ def choose_judge(self: Evaluator) -> None:
                        "leave it out, or use extractor='inception'")
     self.judge = as_extractor(name, cfg.fid_mode if name == "inception" else "", self.device)
     self.judge(self.data.test.images[:2])
-    self.real = load_stats(cfg.reference, self.judge) if cfg.reference else None
+    root = cfg.data_root or self.first.config.get("data_root", "")
+    if is_published(cfg.reference): self.real = published_stats(cfg.reference, self.judge, root)
+    else: self.real = load_stats(cfg.reference, self.judge) if cfg.reference else None
     loaders = dict(lpips=lambda: lpips_network("alex", self.device),
                    clip=lambda: load_clip(cfg.clip_model, self.device))
     self.networks = {k: load() for k, load in loaders.items() if k in split_words(cfg.metrics)}
@@ -191,6 +193,11 @@ def words_before(old: dict, cfg: EvaluateConfig) -> list[str]:
     other_clip = old.get("clip_model", cfg.clip_model) not in (cfg.clip_model, "nan", "")
     return [w for w in before if w != "clip"] if other_clip and "clip" in split_words(cfg.metrics) else before
 
+# %% ../nbs/56_evaluate.ipynb #32d7a003
+def clean_up(artifact: Path, cfg: EvaluateConfig) -> None:
+    "Remove the generated/ folder of an earlier evaluation, as the configuration says."
+    if cfg.cleanup_samples and not cfg.save_images: shutil.rmtree(artifact / "generated", ignore_errors=True)
+
 # %% ../nbs/56_evaluate.ipynb #33d8628f
 def plan_for(e: Evaluator, subject: Subject, row: dict) -> Plan:
     "Is it measured already? Else the words to measure, the folder, and its lock."
@@ -203,6 +210,7 @@ def plan_for(e: Evaluator, subject: Subject, row: dict) -> Plan:
     if same and cfg.skip_existing and set(words) <= set(before) and is_complete(artifact, cfg):
         if handle:
             shutil.rmtree(artifact / ".state", ignore_errors=True)  # of an evaluation that was killed after its row
+            clean_up(artifact, cfg)
             handle.release()
         return Plan("measured already")
     kept = {c: old[c] for w in NETWORKS if w in before and w not in words for c in NETWORKS[w] if c in old}
@@ -330,7 +338,7 @@ def write_down(e: Evaluator, subject: Subject, plan: Plan, told: Told, s: Sample
     row["metrics"] = " ".join([*plan.words, *kept])
     save_pictures(e, subject, row, score, s, artifact)
     write_json(artifact / "eval_metadata.json", metadata(e, subject, row, score, s, seconds, remarks))
-    if cfg.cleanup_samples and not cfg.save_images: shutil.rmtree(artifact / "generated", ignore_errors=True)
+    clean_up(artifact, cfg)
     told.log(row, s, e.data.classes)
     write_row(e.table, row)
     print(report_line(subject, score, s, sum(seconds.values()), remarks), flush=True)

@@ -13,15 +13,15 @@ import torch
 from fastcore.basics import patch
 from torch import Tensor
 from .core import LabError, atomic_write, generator
-from .sources import load_array, stratified
+from .sources import data_folder, load_array, stratified
 from .data import Split
 from .images import _chosen, _open, images_of
 from .extractors import Extractor, as_extractor
 from .distances import Moments, covariance_half, frechet_distance, kernel_distance, two_sides
 
 # %% auto #0
-__all__ = ['Stats', 'load_stats', 'holds_stats', 'reference_stats', 'Infinity', 'fd_infinity', 'Measured', 'Frechet', 'Kernel',
-           'Floor', 'FloorKey', 'Score', 'score', 'fid', 'kid']
+__all__ = ['Stats', 'load_stats', 'holds_stats', 'is_published', 'published_stats', 'reference_stats', 'Infinity', 'fd_infinity',
+           'Measured', 'Frechet', 'Kernel', 'Floor', 'FloorKey', 'Score', 'score', 'fid', 'kid']
 
 # %% ../nbs/23_fid.ipynb #0f6060df
 @dataclass
@@ -182,6 +182,29 @@ def holds_stats(source) -> bool:
     if not isinstance(source, (str, Path)) or Path(source).suffix != ".npz" or not zipfile.is_zipfile(source):
         return False
     with zipfile.ZipFile(source) as z: return bool({"mu.npy", "feats.npy"} & set(z.namelist()))
+
+# %% ../nbs/23_fid.ipynb #487d84b5
+def is_published(source) -> bool:
+    "Does this name statistics that clean-fid has published?"
+    return isinstance(source, str) and source.startswith("cleanfid:")
+
+# %% ../nbs/23_fid.ipynb #8f2ec905
+def published_stats(text: str,        # cleanfid:cifar10, cleanfid:cifar10:test
+                    judge: Extractor, # Inception; its mode decides the file
+                    root: str = "",   # folder of the file; "" is DKD_DATA, else data/
+                   ) -> Stats:
+    "Statistics that clean-fid has published, from the file that has its name for them."
+    name, _, split = text.removeprefix("cleanfid:").partition(":")
+    if not name: raise LabError(f"{text}: expected cleanfid:NAME or cleanfid:NAME:SPLIT")
+    if judge.name != "inception":
+        raise LabError(f"{text}: clean-fid's statistics are Inception's, not those of {judge.name}; "
+                       "use the judge inception")
+    start, folder = f"{name}_{judge.mode}_{split or 'train'}_".lower(), data_folder(root)
+    found = [p for p in sorted(folder.glob("*.npz")) if re.fullmatch(re.escape(start) + r"(na|\d+)", p.stem)]
+    if len(found) == 1: return replace(load_stats(found[0], judge), extractor="inception")
+    if found: raise LabError(f"{text}: {folder} has {', '.join(p.name for p in found)}; give the file itself")
+    raise LabError(f"{text}: there is no {start}32.npz in {folder} (32 is the image size; others and na serve, too); "
+                   f"put https://www.cs.cmu.edu/~clean-fid/stats/{start}32.npz there")
 
 # %% ../nbs/23_fid.ipynb #ab843dc1
 def reference_stats(source,                  # Stats, a .npz of them, or anything that images_of takes

@@ -118,14 +118,15 @@ def dkd_loss(student: Tensor, teacher: Tensor, labels: Tensor, T: float = 4.,
 
 # %% ../nbs/46_kd.ipynb #04f4ab82
 @_logit_loss
-def nkd_loss(student: Tensor, teacher: Tensor, labels: Tensor, T: float = 1.,
+def nkd_loss(student: Tensor, teacher: Tensor, labels: Tensor,
+             T: float = 1.,      # of the part among the other classes; the label's is at 1
              gamma: float = 1.5, # weight of the part among the other classes
             ) -> Tensor:
     "Normalised distillation: the label's cross-entropy weighted by the teacher, and the renormalised rest."
     _check_T(T)
-    at, s, t = _at_label(labels, student.shape[-1]), student / T, teacher / T
-    target = _pick(t.log_softmax(-1), at).exp() * _pick(s.log_softmax(-1), at)
-    rest = (_others(t, at).exp() * _others(s, at)).sum(-1)
+    at = _at_label(labels, student.shape[-1])
+    target = _pick(teacher.log_softmax(-1), at).exp() * _pick(student.log_softmax(-1), at)
+    rest = (_others(teacher / T, at).exp() * _others(student / T, at)).sum(-1)
     return -target - gamma * T * T * rest
 
 # %% ../nbs/46_kd.ipynb #2203e50b

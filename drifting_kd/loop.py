@@ -64,6 +64,7 @@ class OptimizerConfig(MachineConfig):
     weight_decay: float = param(-1.0, "weight decay; below 0 is the optimiser's own", low=-1, high=10)
     schedule: str = param("cosine", "none, cosine or step, after the warm-up", choices=("none", "cosine", "step"))
     warmup: int = param(0, "optimiser steps of linear warm-up", low=0)
+    warmup_from_zero: bool = param(False, "the first step of the warm-up has the rate 0")
     milestones: tuple = param((0.5, 0.75), "fractions of training where step divides the rate by ten")
     final_lr: float = param(0.0, "where cosine ends, as a fraction of lr", low=0, high=1)
 
@@ -108,7 +109,8 @@ def optimizer_given(self: OptimizerConfig) -> dict:
 @patch
 def rate(self: OptimizerConfig, step: int, total: int, base: float) -> float:
     "The learning rate of one step of so many."
-    return lr_at(step, total, base, self.schedule, self.warmup, self.milestones, self.final_lr)
+    return lr_at(step, total, base, self.schedule, self.warmup, self.milestones, self.final_lr,
+                 self.warmup_from_zero)
 
 # %% ../nbs/31_loop.ipynb #b5042940
 @patch

@@ -12,11 +12,11 @@ from torch import nn
 from .core import LabError, import_torchvision, unknown
 
 # %% auto #0
-__all__ = ['MODELS', 'LEAST_SIZE', 'MOVED', 'CONVOLUTIONS', 'BATCHNORMS', 'conv3x3', 'projection', 'BasicBlock', 'Bottleneck',
-           'stack', 'he_convolutions', 'ResNet', 'list_models', 'create_model', 'count_parameters', 'rebuild',
-           'layer_names', 'known_layers', 'activations', 'parameter_layers', 'output_sizes', 'flops', 'model_name',
-           'describe', 'foldable', 'fold_batchnorm', 'conv_bn', 'Staged', 'PreActBlock', 'ShuffleUnit',
-           'InvertedResidual', 'ConvNeXt']
+__all__ = ['MODELS', 'LEAST_SIZE', 'STEMS', 'MOVED', 'EARLIER', 'CONVOLUTIONS', 'BATCHNORMS', 'conv3x3', 'projection',
+           'BasicBlock', 'Bottleneck', 'stack', 'he_convolutions', 'ResNet', 'list_models', 'create_model',
+           'count_parameters', 'rebuild', 'layer_names', 'known_layers', 'activations', 'parameter_layers',
+           'output_sizes', 'flops', 'model_name', 'describe', 'foldable', 'fold_batchnorm', 'conv_bn', 'Staged',
+           'PreActBlock', 'ShuffleUnit', 'InvertedResidual', 'ConvNeXt']
 
 # %% ../nbs/10_models.ipynb #99d035f1
 def conv3x3(inputs: int, outputs: int, stride: int = 1) -> nn.Conv2d:
@@ -78,10 +78,11 @@ def he_convolutions(model: nn.Module) -> None:
 class ResNet(nn.Module):
     "Stem, stages, mean over positions, linear head."
     def __init__(self, block: type, depths: tuple, widths: tuple, stem: int, num_classes: int, in_channels: int,
-                 small_stem: bool = True): # 3x3 at full resolution; else the 7x7 and max-pool made for photographs
+                 small_stem: bool = True,  # 3x3; else the 7x7 and max-pool made for photographs
+                 stem_stride: int = 1):    # of the small one; 1 is full resolution
         super().__init__()
         def wide(): return nn.Conv2d(in_channels, stem, 7, 2, padding=3, bias=False)
-        self.conv1, self.bn1 = conv3x3(in_channels, stem) if small_stem else wide(), nn.BatchNorm2d(stem)
+        self.conv1, self.bn1 = conv3x3(in_channels, stem, stem_stride) if small_stem else wide(), nn.BatchNorm2d(stem)
         self.maxpool = nn.Identity() if small_stem else nn.MaxPool2d(3, 2, padding=1)
         channels, self.stages = stem, [f"layer{i}" for i in range(1, len(depths) + 1)]
         for name, depth, width in zip(self.stages, depths, widths):
@@ -114,11 +115,14 @@ MODELS |= {"judge": functools.partial(_cifar_resnet, 1, (16, 32, 32), 16)}
 MODELS |= {f"resnet{6 * n + 2}x4": functools.partial(_cifar_resnet, n, (64, 128, 256), 32) for n in (1, 5)}
 
 # %% ../nbs/10_models.ipynb #d3f529dd
-def _imagenet_resnet(block: type, depths: tuple, num_classes: int, in_channels: int, image_size: int) -> nn.Module:
-    return ResNet(block, depths, (64, 128, 256, 512), 64, num_classes, in_channels, small_stem=image_size <= 64)
+def _imagenet_resnet(block: type, depths: tuple, num_classes: int, in_channels: int, image_size: int,
+                     stem_stride: int = 1) -> nn.Module: # above 32 pixels
+    return ResNet(block, depths, (64, 128, 256, 512), 64, num_classes, in_channels, small_stem=image_size <= 64,
+                  stem_stride=stem_stride if image_size > 32 else 1)
 MODELS |= {name: functools.partial(_imagenet_resnet, block, depths) for name, block, depths in (
     ("resnet18", BasicBlock, (2, 2, 2, 2)), ("resnet34", BasicBlock, (3, 4, 6, 3)),
     ("resnet50", Bottleneck, (3, 4, 6, 3)))}
+STEMS = {"resnet50": dict(stem_stride=2)}
 
 # %% ../nbs/10_models.ipynb #8d5fa920
 def list_models() -> list[str]:
@@ -130,6 +134,7 @@ def create_model(name: str,            # one of list_models()
                  num_classes: int = 10,
                  in_channels: int = 3, # 1 for grey
                  image_size: int = 32, # decides the stem of networks made for large images
+                 **own,                # in place of what STEMS has for the network
                 ) -> nn.Module:
     "A classifier with fresh weights from torch's global seed; `model.spec` is all that `rebuild` needs."
     if name not in MODELS: raise unknown("model=", name, MODELS)
@@ -140,8 +145,9 @@ def create_model(name: str,            # one of list_models()
     if image_size < LEAST_SIZE.get(name, 1):
         raise LabError(f"{name} needs images of at least {LEAST_SIZE[name]} pixels, given image_size={image_size}; "
                        "enlarge them, or use another network")
-    model = MODELS[name](**sizes)
-    model.spec = {"factory": "drifting_kd.models.create_model", "kwargs": dict(name=name) | sizes}
+    own = STEMS.get(name, {}) | own
+    model = MODELS[name](**sizes, **own)
+    model.spec = {"factory": "drifting_kd.models.create_model", "kwargs": dict(name=name) | sizes | own}
     return model
 
 # %% ../nbs/10_models.ipynb #cd7bcb7e
@@ -159,6 +165,7 @@ def _promises_module(factory) -> bool:
 
 # %% ../nbs/10_models.ipynb #f8222659
 MOVED = {"drifting_kd.generators.create_mae": "drifting_kd.encoders.create_mae"}  # old name -> name today
+EARLIER = {"resnet50": dict(stem_stride=1)}  # what a checkpoint means that does not say: an earlier version's
 
 # %% ../nbs/10_models.ipynb #95acdda7
 def rebuild(factory: str, # such as "drifting_kd.models.create_model"
@@ -173,6 +180,7 @@ def rebuild(factory: str, # such as "drifting_kd.models.create_model"
     try: found = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError): raise refused from None
     if getattr(found, "__module__", None) != module or not _promises_module(found): raise refused
+    if factory == "drifting_kd.models.create_model": kwargs = EARLIER.get(kwargs.get("name"), {}) | kwargs
     try: model = found(**kwargs)
     except TypeError as e:
         raise LabError(f"{factory} does not take what the checkpoint stores ({e}); "

@@ -78,9 +78,10 @@ def lr_at(step: int,                       # optimiser step, from 0
           warmup: int = 0,                 # steps of linear warm-up
           milestones: tuple = (0.5, 0.75), # fractions of training where `step` divides by ten
           final_lr: float = 0.0,           # where cosine ends, as a fraction of lr
+          warmup_from_zero: bool = False,  # the first step has the rate 0, else lr / warmup
          ) -> float:
     "The learning rate of one step."
-    if step < warmup: return lr * (step + 1) / warmup
+    if step < warmup: return lr * (step if warmup_from_zero else step + 1) / warmup
     t = (step - warmup) / max(1, total - warmup)
     if schedule == "cosine": return lr * (final_lr + (1 - final_lr) * 0.5 * (1 + math.cos(math.pi * min(t, 1))))
     if schedule == "step": return lr * 0.1 ** sum(step >= round(m * total) for m in milestones)

@@ -15,7 +15,7 @@ from .core import LabError, Parameters, atomic_write, generator, param, split_wo
 from .run import locked
 from .images import MODES
 from .extractors import prompt_accuracy, slug
-from .fid import Score, Stats, fd_infinity, fid, kid
+from .fid import Score, Stats, fd_infinity, fid, is_published, kid
 from .variety import feature_diversity, nearest_ratio, prdc, variance_ratio
 from .generate import Prompts, captions, labels_like
 from .samples import Reference, Sampled, baselines
@@ -48,7 +48,7 @@ class EvaluateConfig(SampleConfig):
     fid_mode: str = param("clean", "how Inception's images are resized; modes do not compare", choices=MODES)
     extractor: str = param("", "inception, dinov2, a shipped judge or a run; "
                                "empty: the run's own, the data set's, or inception")
-    reference: str = param("", "a .npz of statistics to compare with instead of the data set's")
+    reference: str = param("", "a .npz of statistics to compare with instead of the data set's, or cleanfid:cifar10")
     metrics: str = param("kid,prdc", "beside the distance, separated by commas: kid, prdc, infinity, clip, lpips")
     clip_model: str = param("openai/clip-vit-base-patch32", "CLIP for clip: a name or a local folder")
     skip_existing: bool = param(True, "leave out what is in the table already")
@@ -72,8 +72,9 @@ def __post_init__(self: EvaluateConfig):
     if self.dataset == "cifar": self.dataset = "cifar10"
     for word in split_words(self.metrics):
         if word not in MEASURES: raise unknown("word in metrics:", word, MEASURES)
-    if self.reference and not self.reference.endswith(".npz"):
-        raise LabError(f"reference={self.reference!r}: expected a .npz of statistics (dkd reference writes one)")
+    if self.reference and not (self.reference.endswith(".npz") or is_published(self.reference)):
+        raise LabError(f"reference={self.reference!r}: expected a .npz of statistics (dkd reference writes one), "
+                       "or cleanfid:cifar10")
 
 # %% ../nbs/53_scores.ipynb #3b310791
 class Notes(list):

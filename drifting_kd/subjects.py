@@ -13,7 +13,8 @@ from .data import Dataset, load_dataset
 from .models import model_name
 from .checkpoints import Checkpoint, explained, find, is_run, place, weights_sha256
 from .extractors import Extractor, as_extractor, default_judge
-from .fid import Stats, holds_stats, load_stats, reference_stats
+from .fid import (
+    Stats, holds_stats, is_published, load_stats, published_stats, reference_stats)
 from .generate import labels_like, makes_images, used_sampling
 from .samples import sample_stats
 
@@ -82,7 +83,7 @@ def own_alpha(config: dict) -> float:
 def dataset_split(text: str) -> tuple[str, str] | None:
     "Name and split of a data set, where the text means one."
     name, colon, split = text.partition(":")
-    if Path(text).exists() or not colon or "/" in text: return None
+    if Path(text).exists() or not colon or "/" in text or is_published(text): return None
     if split in ("train", "test"): return name, split
     with contextlib.suppress(LabError):
         if place(text): return None  # an artifact
@@ -91,13 +92,14 @@ def dataset_split(text: str) -> tuple[str, str] | None:
 # %% ../nbs/55_subjects.ipynb #51d77c71
 def checkpoint_of(text: str) -> Checkpoint | None:
     "The checkpoint that a text means; None where it means something else."
-    if not text or dataset_split(text): return None
+    if not text or is_published(text) or dataset_split(text): return None
     path = place(text)
     return find(text) if path and (is_run(path) or path.suffix == ".pt") else None
 
 # %% ../nbs/55_subjects.ipynb #0fdd74b1
 def judge_named_by(text: str, data_root: str = "", dataset: str = "") -> tuple[str, str]:
     "The judge and its mode that a source suggests; both empty where it suggests none."
+    if is_published(text): return "inception", ""
     if found := dataset_split(text):
         name = default_judge(found[0])
         if name == "inception": load_dataset(found[0], data_root)  # a misspelt name is told first
@@ -141,7 +143,7 @@ def subject_stats(subject: Subject, judge: Extractor, n: int, alpha: float, seed
     return replace(made.stats, labels=condition)
 
 # %% ../nbs/55_subjects.ipynb #64b37f67
-def stats_of(text: str,            # digits:test, a run, a .pt file, a folder, .zip, .npz or .npy
+def stats_of(text: str,            # digits:test, cleanfid:cifar10, a run, a .pt file, a folder, .zip, .npz or .npy
              judge: Extractor,
              n: int = 0,           # how many images; 0 is all, of a generator 10,000
              alpha: float = 0.,    # guidance of a generator; 0 is its run's own
@@ -151,6 +153,7 @@ def stats_of(text: str,            # digits:test, a run, a .pt file, a folder, .
             ) -> Stats:
     "What a judge sees in whatever a name means; with features, where there are images."
     if n and n < 2: raise LabError(f"n={n}: expected at least two images, or 0 for all")
+    if is_published(text): return published_stats(text, judge, data_root)
     if found := dataset_split(text):
         split = getattr(load_dataset(found[0], data_root, image_size, val_fraction=0), found[1])
         return reference_stats(split, judge, n, batch_size, seed, keep=True)

@@ -99,6 +99,7 @@ class Loop:
             raise LabError(f"batch_size={cfg.batch_size} leaves no full batch in the training split; use a smaller one")
         self.cadence = cfg.cadence(batches)
         self._reset()
+        self._begin_epoch()
 
 # %% ../nbs/32_train.ipynb #d8aaad9a
 @patch
@@ -138,13 +139,19 @@ def _reset(self: Loop) -> None:
     self.sums, self.count, self.bad = {}, 0, torch.full((), -1, dtype=torch.int64, device=self.device)
     self.window = Window()
 
+# %% ../nbs/32_train.ipynb #5cf1e10e
+@patch
+def _begin_epoch(self: Loop) -> None:
+    "Begin the sums of an epoch."
+    self.epoch_sums, self.epoch_from = {}, self.step
+
 # %% ../nbs/32_train.ipynb #385f0851
 @patch
 def _add(self: Loop, metrics: dict, weight: float) -> None:
     "Metrics of a batch into the sums."
     for k, v in metrics.items():
         v = v.detach().float() * weight
-        self.sums[k] = self.sums[k] + v if k in self.sums else v
+        for sums in (self.sums, self.epoch_sums): sums[k] = sums[k] + v if k in sums else v
 
 # %% ../nbs/32_train.ipynb #5dae5f79
 @patch
@@ -340,8 +347,10 @@ def _strengths(self: Loop, sizes: dict, layers: list[str]) -> dict:
 def _window_state(self: Loop) -> dict:
     "The loop's own part of a checkpoint."
     # of all processes, also in the run that goes on: a resumed one has no more
-    self.sums = {name: self._reduce(self.sums[name], "mean") for name in sorted(self.sums)}
-    return dict(sums=self.sums, squares=self.squares, count=self.count, best=self.best.found,
+    self.sums, self.epoch_sums = ({name: self._reduce(sums[name], "mean") for name in sorted(sums)}
+                                  for sums in (self.sums, self.epoch_sums))
+    epoch = dict(sums=self.epoch_sums, begun=self.epoch_from)
+    return dict(sums=self.sums, epoch=epoch, squares=self.squares, count=self.count, best=self.best.found,
                 since_best=self.best.since, seconds=self.clock.read(), scaler=self.scaler.state_dict(),
                 processes=self.world)
 
@@ -430,11 +439,27 @@ def restore(self: Loop) -> None:
     if torch.is_tensor(loop.get("squares")): self.squares = loop["squares"].to(self.device)
     elif self.count: self.squares = math.nan  # layer_norms was off: the window has begun without it
     self.step, self.last_metrics, self.clock.before = c["step"], c["metrics"], loop["seconds"]
+    epoch = loop.get("epoch", dict(sums={}, begun=self.step))  # an earlier version kept none
+    self.epoch_sums, self.epoch_from = {k: v.to(self.device) for k, v in epoch["sums"].items()}, epoch["begun"]
     self.best.found, self.best.since = loop["best"], loop["since_best"]
     self.run.truncate(self.step)
     if self.rank: return
     print(f"continuing {self.run.name} after step {self.step:,} of {self.cadence.total:,}")
     self.publish()
+
+# %% ../nbs/32_train.ipynb #a230d1c3
+@patch
+def log_epoch(self: Loop, seconds: float) -> None:
+    "The line of an epoch that has ended: its time and, where all of its steps are known, its means."
+    line = {"train/epoch_time": seconds}
+    if self.step - self.epoch_from == self.cadence.epoch:
+        self.check_finite()
+        names = sorted(self.epoch_sums)
+        sums = torch.stack([self.epoch_sums[n] for n in names])
+        means = self._reduce(sums / self.cadence.epoch, "mean").tolist()
+        line |= {f"epoch/{n.replace('/', '_')}": mean for n, mean in zip(names, means)}
+    self.write(line)
+    self._begin_epoch()
 
 # %% ../nbs/32_train.ipynb #9aebbfb1
 @patch
@@ -442,7 +467,7 @@ def _boundary(self: Loop, began: float) -> bool:
     "What is due after this step; True if training should stop."
     step, due = self.step, self.cadence
     if due.logs(step): self.log()
-    if due.ends_epoch(step): self.write({"train/epoch_time": time.perf_counter() - began})
+    if due.ends_epoch(step): self.log_epoch(time.perf_counter() - began)
     paused = time.perf_counter()
     stop = self.evaluate() if due.evaluates(step) else False
     if due.saves(step): self.save()

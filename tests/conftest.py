@@ -94,6 +94,7 @@ def losses(run: Path) -> list:
         "train/feature_",
         "val/",
         "eval/",
+        "epoch/",
     )
     return [
         (line["step"], {k: v for k, v in line.items() if k.startswith(names)})

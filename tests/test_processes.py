@@ -35,7 +35,8 @@ def two_processes() -> list[str]:
 
 def differences(a, b) -> list[float]:
     "The largest relative difference of each logged step: rounding at first, then what ReLU and BatchNorm make of it."
-    a, b = ([(step, {k: v for k, v in m.items() if k.startswith("train/")}) for step, m in x] for x in (a, b))
+    kinds = ("train/", "epoch/")
+    a, b = ([(step, {k: v for k, v in m.items() if k.startswith(kinds)}) for step, m in x] for x in (a, b))
     assert [(s, sorted(m)) for s, m in a] == [(s, sorted(m)) for s, m in b]
     return [max(abs(m[k] - n[k]) / max(1, abs(m[k])) for k in m) for (_, m), (_, n) in zip(a, b) if m]
 
@@ -60,7 +61,8 @@ def test_two_processes_are_one(lab, patch):
     a, b = lab / "runs/one", lab / "runs/two"
     assert (summary(a)["processes"], summary(b)["processes"]) == (1, 2)
     gaps = differences(losses(a), losses(b))
-    assert len(gaps) == 12 + 2 and max(gaps[:3]) < 1e-4 and max(gaps) < 1e-2, gaps
+    assert len(gaps) == 12 + 2 + 2 and max(gaps[:3]) < 1e-4 and max(gaps) < 1e-2, gaps
+    assert [step for step, m in losses(b) if "epoch/train_loss" in m] == [6, 12]  # over both ranks' images
     for name in ("running_mean", "running_var"):
         for key in (k for k in weights(a) if k.endswith(name)):
             assert (weights(a)[key] - weights(b)[key]).abs().max() < 1e-3
@@ -96,13 +98,13 @@ def test_processes_parameter(lab):
 
 
 def test_two_processes_killed_and_resumed(lab):
-    "Between two log lines: the half-full window of both goes on."
+    "Between two log lines and inside an epoch: the half-full sums of both go on."
     die = """import os, signal
 import drifting_kd.classify as t
 def after_step(self, step):
     if step == 8: os.killpg(0, signal.SIGKILL)
 t.Classify.after_step = after_step"""
-    settings = dict(processes=2, epochs=2, log_every=4, save_every=1)
+    settings = dict(processes=2, steps=12, log_every=4, save_every=7, eval_every=12)
     whole, killed = train(run_name="whole", **settings), train(die, run_name="killed", **settings)
     assert (
         whole.returncode == 0
@@ -110,7 +112,7 @@ t.Classify.after_step = after_step"""
         and not (lab / "runs/killed/metrics.json").exists()
     )
     resumed = train(run_name="killed", resume=True, **settings)
-    assert resumed.returncode == 0 and "after step 6 " in resumed.stdout, resumed.stderr[-2000:]
+    assert resumed.returncode == 0 and "after step 7 " in resumed.stdout, resumed.stderr[-2000:]
     assert losses(lab / "runs/whole") == losses(lab / "runs/killed") and same_weights(
         lab / "runs/whole", lab / "runs/killed"
     )

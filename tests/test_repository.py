@@ -106,13 +106,17 @@ def test_setup_says_what_settings_say(copy):
     assert sorted(made.metadata.get_all("Provides-Extra")) == sorted(EXTRAS)
     found = {extra: {} for extra in ["", *EXTRAS]}
     for r in map(Requirement, made.requires):
-        found[re.search(r"""extra == ["'](\w+)""", str(r.marker))[1] if r.marker else ""][canonicalize_name(r.name)] = (
-            str(r.specifier)
-        )
+        extra = re.search(r"""extra == ["'](\w+)""", str(r.marker or ""))
+        found[extra[1] if extra else ""][canonicalize_name(r.name)] = str(r.specifier)
     assert found == {extra: {name: str(r.specifier) for name, r in required(extra).items()} for extra in ["", *EXTRAS]}
     assert [(e.name, e.value) for e in made.entry_points.select(group="console_scripts")] == [
         tuple(cfg["console_scripts"].split("="))
     ]
+
+def test_the_use_of_a_gpu_can_be_read_where_there_is_one():
+    "torch.cuda.utilization asks nvidia-ml-py, which torch does not bring; there is no CUDA for macOS."
+    marker = required()["nvidia-ml-py"].marker
+    assert [marker.evaluate(dict(sys_platform=name)) for name in ("linux", "win32", "darwin")] == [True, True, False]
 
 def test_every_pin_is_exact():
     assert all(re.fullmatch(r"==[\w.]+", str(r.specifier)) and not r.marker for r in PINS.values()), [
