@@ -11,7 +11,7 @@ from pathlib import Path
 from fastcore.basics import patch
 
 # %% auto #0
-__all__ = ['SCHEMA', 'DETERMINISTIC', 'PLUGINS', 'RESERVED', 'TRACKERS', 'PACKAGES', 'LabError', 'unknown', 'refuses',
+__all__ = ['SCHEMA', 'DETERMINISTIC', 'PLUGINS', 'RESERVED', 'TRACKERS', 'PACKAGES', 'LabError', 'brief', 'unknown', 'refuses',
            'project_root', 'runs_folder', 'working_folder', 'environ', 'plain', 'atomic_write', 'writable_folder',
            'write_json', 'read_json', 'mix', 'generator', 'seed_everything', 'same_determinism', 'exact_fp32',
            'choose_device', 'import_torchvision', 'need', 'split_words', 'Plugin', 'find_plugin', 'plugin_words',
@@ -26,6 +26,38 @@ class LabError(ValueError):
     def _render_traceback_(self) -> list[str]:  # Jupyter shows the line, not the frames it came through
         return [f"{type(self).__name__}: {self}"]
 
+# %% ../nbs/00_core.ipynb #742f4b9e
+def brief(value,
+          most: int = 80, # characters
+         ) -> str:
+    "`repr` of a value, cut to a length that a line of an error can hold."
+    try: text = repr(value)
+    except (ValueError, RecursionError): text = f"<{type(value).__name__} too long to write>"
+    return text if len(text) <= most else text[:most - 1] + "…"
+
+# %% ../nbs/00_core.ipynb #f674432b
+def _edits(a: str, b: str) -> int:
+    "How many letters must be changed, added, left out or swapped with their neighbour."
+    rows = [list(range(len(b) + 1))]
+    for i, x in enumerate(a, 1):
+        row = [i]
+        for j, y in enumerate(b, 1):
+            least = min(rows[-1][j] + 1, row[-1] + 1, rows[-1][j - 1] + (x != y))
+            swapped = i > 1 and j > 1 and (x, a[i - 2]) == (b[j - 2], y)
+            row.append(min(least, rows[-2][j - 2] + 1) if swapped else least)
+        rows.append(row)
+    return rows[-1][-1]
+
+# %% ../nbs/00_core.ipynb #ecd32df9
+def _nearest(name: str, allowed: list[str]) -> list[str]:
+    "Up to three names that are alike, capitals aside: the nearest and what is as near."
+    def alike(other: str) -> float:
+        a, b = name[:80].lower(), other.lower()
+        return max(1 - _edits(a, b) / max(len(a), len(b), 1), difflib.SequenceMatcher(None, a, b).ratio())
+    score = {other: alike(other) for other in allowed}
+    least = max(.6, max(score.values(), default=0) - .05)
+    return sorted((other for other in allowed if score[other] >= least), key=lambda other: -score[other])[:3]
+
 # %% ../nbs/00_core.ipynb #c6cb193c
 def unknown(what: str,      # "judge", "parameter", ...; of a parameter's value "model=", as it is typed
             name,           # what the user wrote
@@ -34,9 +66,9 @@ def unknown(what: str,      # "judge", "parameter", ...; of a parameter's value 
            ) -> LabError:
     "The error for a name that does not exist, with the nearest ones that do."
     allowed = sorted(str(a) for a in allowed)
-    near = difflib.get_close_matches(str(name).lower(), allowed, n=3, cutoff=0.5)
+    near = _nearest(name if isinstance(name, str) else brief(name), allowed)
     known = f"did you mean {' or '.join(repr(n) for n in near)}?" if near else f"known: {', '.join(allowed[:40])}"
-    given = f"{what}{name!r} is not known" if what.endswith("=") else f"unknown {what} {name!r}"
+    given = f"{what}{brief(name)} is not known" if what.endswith("=") else f"unknown {what} {brief(name)}"
     return LabError(f"{given}; {known}{' ' + hint if hint else ''}")
 
 # %% ../nbs/00_core.ipynb #bd292972
@@ -44,8 +76,8 @@ def refuses(make, cases: list) -> None:
     "Test that `make(**given)` raises a `LabError` with the words, for each (given, words)."
     for given, words in cases:
         try: found = make(**given)
-        except LabError as error: assert words in str(error), f"{given}: {words!r} is not in {str(error)!r}"
-        else: raise AssertionError(f"{given} was taken and gave {found!r}")
+        except LabError as error: assert words in str(error), f"{brief(given)}: {words!r} is not in {str(error)!r}"
+        else: raise AssertionError(f"{brief(given)} was taken and gave {brief(found)}")
 
 # %% ../nbs/00_core.ipynb #ba544852
 def project_root() -> Path:
@@ -346,36 +378,53 @@ def param(default, help: str, choices: tuple = (), low=None, high=None):
     return field(metadata=dict(help=help, choices=choices, low=low, high=high), **kwargs)
 
 # %% ../nbs/00_core.ipynb #e0e78c10
+_LISTED = re.compile(r"\s*(?:\[([^][()]*)\]|\(([^][()]*)\)|([^][()]*))\s*")  # 1,2 or [1,2] or (1,2)
+
+def _listed(text: str) -> list[str]:
+    "The words between commas, within one pair of brackets or none."
+    if not (found := _LISTED.fullmatch(text)): raise ValueError("brackets in brackets")
+    return [word for word in "".join(found.groups("")).split(",") if word.strip()]
+
 def _numbers(given: str, value) -> tuple:
-    "Numbers from a sequence or a text."
-    def parts(text): return [float(p) for p in text.strip("[]() ").split(",") if p.strip()]
-    try: numbers = tuple(parts(value) if isinstance(value, str) else value)
-    except (TypeError, ValueError): numbers = (math.nan,)
-    if all(isinstance(v, (int, float)) and math.isfinite(v) for v in numbers): return numbers
+    "Numbers from a list or a text."
+    try:
+        words = _listed(value) if isinstance(value, str) else value if isinstance(value, (list, tuple)) else [None]
+        numbers = tuple(float(w) if isinstance(w, str) else w for w in words)
+        if all(isinstance(n, (int, float)) and n is not bool(n) and math.isfinite(n) for n in numbers): return numbers
+    except (ValueError, OverflowError): pass  # no number, or a huge one
     raise LabError(f"{given}: expected numbers such as [0.9, 0.95] or '0.9,0.95'")
 
 # %% ../nbs/00_core.ipynb #2eb40e7e
 def _expected(kind: type, value) -> str:
     "What a value of the wrong type should have been."
-    if kind is float and isinstance(value, str) and re.fullmatch(r"[-+]?\d+[eE][-+]?\d+", value):
+    if kind is float and isinstance(value, str) and re.fullmatch(r"[-+]?\d{1,20}[eE][-+]?\d{1,20}", value):
         return f"a number; YAML reads {value} as text, write {value.lower().replace('e', '.0e')}"
     return {bool: "True or False", int: "a whole number", float: "a number",
             str: "text (papermill: -r instead of -p keeps text as it is)"}[kind]
 
 # %% ../nbs/00_core.ipynb #20fe7a85
+def _check_range(given: str, value: int | float, low, high) -> None:
+    "Refuse what lies outside; no limit is None."
+    if (low is None or value >= low) and (high is None or value <= high): return
+    bounds = {(True, False): f"at least {low}", (False, True): f"at most {high}"}
+    allowed = bounds.get((low is not None, high is not None), f"between {low} and {high}")
+    raise LabError(f"{given}: expected {allowed}")
+
+# %% ../nbs/00_core.ipynb #22187caf
 def check_value(name: str, value, default, choices: tuple = (), low=None, high=None, **_):
     "`value` in the type of `default`, or an error that names the parameter, what was given and what is allowed."
-    given = f"{name}={value!r} ({type(value).__name__})"
+    given = f"{name}={brief(value)} ({type(value).__name__})"
     kind = type(default)
-    if kind is tuple: return _numbers(given, value)
-    if kind is float and isinstance(value, int) and not isinstance(value, bool): value = float(value)
+    if kind is tuple:
+        numbers = _numbers(given, value)
+        for number in numbers: _check_range(given, number, low, high)
+        return numbers
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value) if abs(value) < 10**300 else math.inf
     if type(value) is not kind: raise LabError(f"{given}: expected {_expected(kind, value)}")
     if kind is float and not math.isfinite(value): raise LabError(f"{given}: expected a finite number")
     if choices and value not in choices: raise unknown(f"{name}=", value, choices)
-    if low is not None and value < low or high is not None and value > high:
-        bounds = {(True, False): f"at least {low}", (False, True): f"at most {high}"}
-        allowed = bounds.get((low is not None, high is not None), f"between {low} and {high}")
-        raise LabError(f"{given}: expected {allowed}")
+    if kind in (int, float): _check_range(given, value, low, high)
     return value
 
 # %% ../nbs/00_core.ipynb #bb707abf
@@ -397,7 +446,7 @@ RESERVED = ("artifacts", "artifacts.json", "mlartifacts", "mlruns.db", "notebook
 def check_run_name(name: str, field: str = "run_name", why: str = "a run stays inside runs/") -> None:
     "Refuse what is not the plain name of a file or folder."
     if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9._+=-]{0,150}", name):
-        raise LabError(f"{field}={name!r}: expected letters, digits and . _ + = - only (no folders: {why})")
+        raise LabError(f"{field}={brief(name)}: expected letters, digits and . _ + = - only (no folders: {why})")
     if field == "run_name" and name.casefold() in RESERVED:
         raise LabError(f"{field}={name!r} is a name that runs/ needs for something else "
                        f"({', '.join(RESERVED)}); choose another")
