@@ -6,12 +6,14 @@
 from __future__ import annotations
 import json, math
 from pathlib import Path
-from .core import LabError, check_run_name, read_json, runs_folder, split_words, unknown, write_json
+from .core import LabError, brief, check_run_name, read_json, runs_folder
+from .core import split_words, unknown, write_json
 from .metrics import best_is, direction_of
-from .sweep import Local, diverged, load_yaml, run_sweep
+from .sweep import MOST_RUNS, Local, diverged, load_yaml, run_sweep
 
 # %% auto #0
-__all__ = ['MOST_SEARCHED', 'EQUAL', 'OWN', 'points', 'load_study', 'trials', 'trial_score', 'choose', 'finals', 'compare']
+__all__ = ['MOST_SEARCHED', 'EQUAL', 'OWN', 'MOST_TRIALS', 'points', 'load_study', 'trials', 'trial_score', 'choose', 'finals',
+           'compare']
 
 # %% ../nbs/61_study.ipynb #e2f42140
 MOST_SEARCHED = 3  # parameters; few points of more dimensions lie on lines
@@ -39,8 +41,8 @@ def _check_candidate(name: str, candidate, base: dict) -> None:
                        f"with one to {MOST_SEARCHED} names")
     for key, limits in space.items():
         if not _is_range(limits):
-            raise LabError(f"candidate {name}: {key}: {limits!r}: expected [low, high] with 0 < low and high larger "
-                           "by at least 5 %, searched on a logarithmic scale")
+            raise LabError(f"candidate {name}: {key}: {brief(limits)}: expected [low, high] with 0 < low and high "
+                           "larger by at least 5 %, searched on a logarithmic scale")
         if key in candidate or key in base:
             raise LabError(f"candidate {name}: {key} is both searched and given; keep one")
 
@@ -48,7 +50,8 @@ def _check_candidate(name: str, candidate, base: dict) -> None:
 def _is_range(limits) -> bool:
     "Two numbers that a logarithmic scale can be stretched between."
     if not isinstance(limits, list) or len(limits) != 2: return False
-    return all(type(v) in (int, float) for v in limits) and 0 < limits[0] and 1.05 * limits[0] < limits[1] < math.inf
+    if not all(type(v) in (int, float) and 0 < v < 1e300 for v in limits): return False
+    return 1.05 * limits[0] < limits[1] and limits[1] / limits[0] < math.inf
 
 # %% ../nbs/61_study.ipynb #7ca2ebb7
 def _mode(metric: str, given: str) -> str:
@@ -56,23 +59,24 @@ def _mode(metric: str, given: str) -> str:
     if given not in ("", "max", "min"): raise unknown("mode", given, ("max", "min"))
     if best_is(metric) and given and given != direction_of(metric):
         way = "higher" if given == "min" else "lower"
-        raise LabError(f"mode={given!r}: {metric} is better when it is {way}; remove mode")
+        raise LabError(f"mode={given!r}: {brief(metric)} is better when it is {way}; remove mode")
     return direction_of(metric, given)
 
 # %% ../nbs/61_study.ipynb #b2ebf10e
 _DEFAULTS = dict(notebook="train", base={}, mode="", tuning_seed=100, by="optimizer")
 _KEYS = (*_DEFAULTS, "candidates", "trials", "select", "seeds")
+MOST_TRIALS = 1000  # of a candidate
 
 def _check_kinds(study: dict) -> None:
     "Every key is known, there and of its kind."
     kinds = dict(base=(dict, "a mapping"), notebook=(str, "text"), by=(str, "text"),
                  tuning_seed=(int, "a whole number"), candidates=(dict, "`name: {parameters, search}`"))
     for key, (kind, word) in kinds.items():
-        if key in study and type(study[key]) is not kind: raise LabError(f"{key}={study[key]!r}: expected {word}")
+        if key in study and type(study[key]) is not kind: raise LabError(f"{key}={brief(study[key])}: expected {word}")
     if missing := [k for k in ("candidates", "trials", "select", "seeds") if not study.get(k)]:
         raise LabError(f"{', '.join(missing)} missing; a study needs candidates, trials, select and seeds")
-    if type(study["trials"]) is not int or study["trials"] < 1:
-        raise LabError(f"trials={study['trials']!r}: expected a whole number of at least 1")
+    if type(study["trials"]) is not int or not 1 <= study["trials"] <= MOST_TRIALS:
+        raise LabError(f"trials={brief(study['trials'])}: expected a whole number from 1 to {MOST_TRIALS:,}")
 
 # %% ../nbs/61_study.ipynb #48af3762
 def _check_fairness(study: dict) -> None:
@@ -80,16 +84,18 @@ def _check_fairness(study: dict) -> None:
     seeds, select, base = study["seeds"], str(study["select"]), study["base"]
     plain = isinstance(seeds, list) and all(type(s) is int for s in seeds)
     if not plain or len({*seeds, study["tuning_seed"]}) <= len(seeds):
-        raise LabError(f"seeds={seeds!r}: expected a list of different seeds without tuning_seed "
+        raise LabError(f"seeds={brief(seeds)}: expected a list of different seeds without tuning_seed "
                        f"({study['tuning_seed']}), which has been selected on")
+    runs = len(study["candidates"]) * (study["trials"] + len(seeds))
+    if runs > MOST_RUNS: raise LabError(f"the study has {runs:,} runs; expected at most {MOST_RUNS:,}")
     if not select.startswith("val/"):
-        raise LabError(f"select={select!r}: selection sees validation only; expected a metric val/...")
+        raise LabError(f"select={brief(select)}: selection sees validation only; expected a metric val/...")
     if base.get("val_fraction", 1) == 0:
-        raise LabError(f"select={select!r} needs validation images; use a val_fraction above 0 in base")
+        raise LabError(f"select={brief(select)} needs validation images; use a val_fraction above 0 in base")
     marks = [json.dumps([c.get(k) for k in split_words(study["by"])]) for c in study["candidates"].values()]
     if len(set(marks)) < len(marks):
-        raise LabError(f"by={study['by']!r}: candidates do not differ in it, so the report could not tell them apart; "
-                       "name the parameters that do, separated by commas")
+        raise LabError(f"by={brief(study['by'])}: candidates do not differ in it, so the report could not tell them "
+                       "apart; name the parameters that do, separated by commas")
     if own := OWN & set(base): raise LabError(f"base: {', '.join(sorted(own))} is the study's own; remove it")
 
 # %% ../nbs/61_study.ipynb #eb66732d

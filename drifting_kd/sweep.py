@@ -4,19 +4,19 @@
 
 # %% ../nbs/60_sweep.ipynb #d54a5287
 from __future__ import annotations
-import contextlib, itertools, json, os, re, signal, subprocess, sys, threading, time
+import contextlib, itertools, json, math, os, re, signal, string, subprocess, sys, threading, time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
 from fastcore.basics import patch
 from .core import (
-    LabError, check_run_name, find_plugin, plugin_words, project_root, read_json, runs_folder, unknown)
+    LabError, brief, check_run_name, find_plugin, plugin_words, project_root, read_json, runs_folder, unknown)
 from .run import is_held, run_state
 
 # %% auto #0
-__all__ = ['BUSY', 'load_yaml', 'expand', 'load_matrix', 'as_text', 'finished', 'diverged', 'shown', 'Job', 'job_of', 'Local',
-           'claim', 'is_busy', 'run_sweep']
+__all__ = ['MOST_TEXT', 'MOST_DEPTH', 'MOST_RUNS', 'MOST_WRITTEN', 'BUSY', 'load_yaml', 'expand', 'load_matrix', 'as_text',
+           'finished', 'diverged', 'shown', 'Job', 'job_of', 'Local', 'claim', 'is_busy', 'run_sweep']
 
 # %% ../nbs/60_sweep.ipynb #aa686d77
 _EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+|[-+]?\.\d+[eE][-+]?\d+")  # what YAML 1.1 takes for text
@@ -28,29 +28,97 @@ def _as_numbers(x):
     return float(x) if isinstance(x, str) and _EXPONENT.fullmatch(x) else x
 
 # %% ../nbs/60_sweep.ipynb #16f1c61b
-def _loader(path: str | Path, text: bool) -> type:
-    "A YAML loader that refuses names given twice."
-    import yaml
-    class Loader(yaml.BaseLoader if text else yaml.SafeLoader): pass
-    def mapping(loader, node):
-        keys = [loader.construct_object(k, deep=True) for k, _ in node.value]
-        if twice := sorted({str(k) for k in keys if keys.count(k) > 1}):
-            raise LabError(f"{path}: {', '.join(twice)} is given twice; keep one")
-        return {k: loader.construct_object(v, deep=True) for k, (_, v) in zip(keys, node.value)}
-    Loader.add_constructor("tag:yaml.org,2002:map", mapping)
-    return Loader
+MOST_TEXT = 200_000  # characters of a YAML file; also with its aliases written out
+MOST_DEPTH = 30      # lists and mappings in one another
+
+def _written_out(node, known: dict) -> float:
+    "The characters of a part of a file with its aliases written out."
+    if id(node) not in known:
+        known[id(node)] = math.inf  # for a part that holds itself
+        inside = node.value if isinstance(node.value, list) else ()
+        parts = [n for item in inside for n in (item if isinstance(item, tuple) else (item,))]
+        known[id(node)] = 1 + (sum(_written_out(n, known) for n in parts) if parts else len(node.value))
+    return known[id(node)]
+
+# %% ../nbs/60_sweep.ipynb #543ce80c
+def _at(node) -> str: return f"line {node.start_mark.line + 1}"
+
+def _scalar(loader, node):
+    "A single value."
+    try: value = loader.construct_object(node)
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError):
+        raise LabError(f"{_at(node)}: {brief(node.value)} is no {node.tag.rpartition(':')[2]}; "
+                       "put it into quotes if it is text") from None
+    if isinstance(value, int) and value.bit_length() > 64:
+        raise LabError(f"{_at(node)}: a number of {value.bit_length():,} bits; expected 64 at most")
+    if value is None or isinstance(value, (str, int, float)): return value
+    raise LabError(f"{_at(node)}: {brief(node.value)} is a {type(value).__name__} to YAML; put it into quotes")
+
+# %% ../nbs/60_sweep.ipynb #010390d3
+def _key(loader, node, before: dict) -> str:
+    "The name before a colon, which is not in the mapping before."
+    if node.value == "<<": raise LabError(f"{_at(node)}: merges with << are not read here; write the names out")
+    name = _scalar(loader, node) if isinstance(node.value, str) else None
+    if not isinstance(name, str) or len(name) > 200 or not name.isprintable():
+        got = brief(node.value) if isinstance(node.value, str) else "several values"
+        raise LabError(f"{_at(node)}: expected a name before the colon, got {got}; put it into quotes if it is one")
+    if name in before: raise LabError(f"{_at(node)}: {name} is given twice; keep one")
+    return name
+
+# %% ../nbs/60_sweep.ipynb #5618faee
+def _contents(loader, node, depth: int = 0):
+    "A part of a file as dictionaries, lists and plain values."
+    if depth > MOST_DEPTH:
+        raise LabError(f"{_at(node)}: expected at most {MOST_DEPTH} lists or mappings in one another")
+    if isinstance(node.value, str): return _scalar(loader, node)
+    kind = node.tag.rpartition(":")[2]
+    if kind == "seq": return [_contents(loader, item, depth + 1) for item in node.value]
+    if kind != "map": raise LabError(f"{_at(node)}: is not YAML of plain values; remove the tag {brief(node.tag)}")
+    found = {}
+    for key, value in node.value:
+        name = _key(loader, key, found)
+        found[name] = _contents(loader, value, depth + 1)
+    return found
+
+# %% ../nbs/60_sweep.ipynb #6652851f
+def _text_of(path: str | Path) -> str:
+    "A file's text, if it is a file and not endless."
+    try:
+        if Path(path).exists() and not Path(path).is_file():
+            raise LabError(f"{path} is no file; give an existing YAML file")
+        with open(path, encoding="utf-8") as f: text = f.read(MOST_TEXT + 1)
+    except (OSError, ValueError) as e:  # also bytes that are no text, and a NUL in the name
+        if isinstance(e, LabError): raise
+        why = getattr(e, "strerror", None) or e
+        raise LabError(f"cannot read {path} ({why}); give an existing YAML file") from None
+    if len(text) <= MOST_TEXT: return text
+    raise LabError(f"{path} is longer than {MOST_TEXT:,} characters; give a YAML file of at most that")
 
 # %% ../nbs/60_sweep.ipynb #a17f9675
+def _parsed(text: str, kind: str):
+    "What a YAML text of plain values holds."
+    import yaml
+    loader = getattr(yaml, kind)(text)
+    try:
+        node = loader.get_single_node()
+        if node is None: return None
+        if _written_out(node, {}) > MOST_TEXT:
+            raise LabError(f"its aliases stand for more than {MOST_TEXT:,} characters; write fewer")
+        return _contents(loader, node)
+    except RecursionError: raise LabError(f"expected at most {MOST_DEPTH} lists or mappings in one another") from None
+    finally: loader.dispose()
+
+# %% ../nbs/60_sweep.ipynb #e3179ad2
 def load_yaml(path: str | Path,
               text: bool = False, # leave every value as it is written, for a reader that knows the types
              ) -> dict:
     "A YAML file that holds one mapping, with `1e-3` as the number it is and no name given twice."
     import yaml
-    try: content = yaml.load(Path(path).read_text(encoding="utf-8"), _loader(path, text))
-    except (OSError, UnicodeDecodeError) as e:
-        why = getattr(e, "strerror", None) or e
-        raise LabError(f"cannot read {path} ({why}); give an existing YAML file") from None
-    except yaml.YAMLError as e: raise LabError(f"{path} is not YAML: {' '.join(str(e).split())}") from None
+    source = _text_of(path)
+    try: content = _parsed(source, "BaseLoader" if text else "SafeLoader")
+    except LabError as e: raise LabError(f"{path}: {e}") from None
+    except (yaml.YAMLError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError) as e:
+        raise LabError(f"{path} is not YAML: {' '.join(str(e).split())[:300]}") from None
     if not isinstance(content, dict):
         raise LabError(f"{path}: expected `name: value` lines, got {type(content).__name__}")
     return content if text else _as_numbers(content)
@@ -66,21 +134,39 @@ def _check_matrix(matrix: dict) -> None:
     for key, value in matrix.items():
         if key not in _KINDS: raise unknown("key of a matrix", key, _KINDS)
         word = {str: "text", dict: "mapping", list: "list"}[_KINDS[key]]
-        if not isinstance(value, _KINDS[key]): raise LabError(f"{key}: expected a {word}, got {value!r}")
+        if not isinstance(value, _KINDS[key]): raise LabError(f"{key}: expected a {word}, got {brief(value)}")
     if not matrix.get("matrix") and not matrix.get("include"):
         raise LabError("a matrix needs `matrix` (name: [values]) or `include` (a list of runs)")
     for key, values in matrix.get("matrix", {}).items(): _check_axis(key, values)
     for key in ("exclude", "include"):
         for entry in matrix.get(key, []):
             if not isinstance(entry, dict) or not entry:
-                raise LabError(f"{key}: {entry!r}: expected parameters, such as {{seed: 2}}")
+                raise LabError(f"{key}: {brief(entry)}: expected parameters, such as {{seed: 2}}")
 
 # %% ../nbs/60_sweep.ipynb #a0618172
 def _check_axis(key: str, values) -> None:
     "An axis is a list of values."
     if not isinstance(values, list):
-        raise LabError(f"matrix: {key}: {values!r} is one value; expected a list, [{values!r}] or a line in base")
+        raise LabError(f"matrix: {key}: {brief(values)} is one value; expected a list, [{brief(values)}] "
+                       "or a line in base")
     if not values: raise LabError(f"matrix: {key} is an empty list, which makes no runs; give values or remove it")
+
+# %% ../nbs/60_sweep.ipynb #e8f9e746
+MOST_RUNS = 10_000
+MOST_WRITTEN = 50_000_000  # characters of all parameters of all runs
+
+def _check_size(matrix: dict) -> None:
+    "Refuse a matrix that is too large to write out."
+    axes, more, left_out = (matrix.get(k, {}) for k in ("matrix", "include", "exclude"))
+    product = math.prod(map(len, axes.values())) if axes else 0
+    if product + len(more) > MOST_RUNS:
+        raise LabError(f"the matrix has {brief(product + len(more))} runs; expected at most {MOST_RUNS:,}")
+    def size(x): return len(json.dumps(x, default=str))
+    each = sum(max(map(size, values)) for values in axes.values())
+    written = product * each + (product + len(more)) * size(matrix.get("base", {})) + size(more)
+    if max(written, product * size(left_out)) > MOST_WRITTEN:
+        raise LabError(f"the matrix has {product + len(more):,} runs of so many parameters that they are more than "
+                       f"{MOST_WRITTEN:,} characters; split it")
 
 # %% ../nbs/60_sweep.ipynb #0b5b1692
 def _product(axes: dict) -> list[dict]:
@@ -102,15 +188,25 @@ def _word(value) -> str:
     text = "x".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
     return re.sub(r"[^A-Za-z0-9._+=-]", "_", text)
 
+# %% ../nbs/60_sweep.ipynb #a2011876
+def _filled(template: str, run: dict) -> str:
+    "A template with the words of a run; a width of more digits than a name has letters is refused."
+    if len(template) > 500: raise ValueError("it is longer than 500 characters")
+    used = [(name, spec) for _, name, spec, _ in string.Formatter().parse(template) if name is not None]
+    if any(re.search(r"\d{4}|\{", spec) for _, spec in used): raise ValueError("a width of over 999, or within a width")
+    words = {name: _word(run[name]) for name in {re.split(r"[.[]", name)[0] for name, _ in used} if name in run}
+    if any(len(word) > 500 for word in words.values()): raise ValueError("a value is longer than 500 characters")
+    return template.format_map(words)
+
 # %% ../nbs/60_sweep.ipynb #ffbeb130
 def _name(run: dict, template: str, varying: list[str]) -> str:
     "The name of a run: its own, the template's, or the values that vary."
     if "run_name" in run: name = str(run["run_name"])
     elif template:
-        try: name = template.format_map({k: _word(v) for k, v in run.items()})
+        try: name = _filled(template, run)
         except KeyError as e: raise unknown("parameter in name", e.args[0], run) from None
         except (ValueError, IndexError, AttributeError, TypeError) as e:
-            raise LabError(f"name: {template!r} is not a template ({e}); "
+            raise LabError(f"name: {brief(template)} is not a template ({e}); "
                            "write it like '{optimizer}-s{seed}'") from None
     else:
         words = [f"s{_word(run[k])}" if k == "seed" else _word(run[k]) for k in varying if k in run]
@@ -124,7 +220,7 @@ def _excluded(runs: list[dict], entries: list[dict]) -> list[dict]:
     dropped = set()
     for entry in entries:
         hits = {i for i, run in enumerate(runs) if all(k in run and run[k] == v for k, v in entry.items())}
-        if not hits: raise LabError(f"exclude: {entry} matches no run; correct or remove it")
+        if not hits: raise LabError(f"exclude: {brief(entry)} matches no run; correct or remove it")
         dropped |= hits
     return [run for i, run in enumerate(runs) if i not in dropped]
 
@@ -133,20 +229,22 @@ def expand(matrix: dict,         # notebook, base, matrix, exclude, include, nam
           ) -> list[dict]:       # all parameters of each run, with a unique run_name
     "Write a matrix out, in its own order: the product less `exclude`, then `include`."
     _check_matrix(matrix)
+    _check_size(matrix)
     base, runs, more = matrix.get("base", {}), _product(matrix.get("matrix", {})), matrix.get("include", [])
     full = _excluded([base | run for run in runs], matrix.get("exclude", [])) + [base | extra for extra in more]
     if not full: raise LabError("exclude leaves no run")
     varying = list(dict.fromkeys(k for run in [*runs, *more] for k in run))
-    seen, named = {}, []
+    seen, names, named = set(), set(), []
     for run in full:
         if "resume" in run:
             raise LabError("resume is the sweep's own: it continues what is unfinished; remove it")
         key = json.dumps({k: v for k, v in run.items() if k != "run_name"}, sort_keys=True, default=str)
         name = _name(run, matrix.get("name", ""), varying)
-        if key in seen: raise LabError(f"two runs have the same parameters: {dict(run)}; remove one")
-        if name in seen.values():
-            raise LabError(f"two runs are called {name}; let name tell apart what varies: {', '.join(varying)}")
-        seen[key] = name
+        if key in seen: raise LabError(f"two runs have the same parameters: {brief(dict(run))}; remove one")
+        if name in names:
+            raise LabError(f"two runs are called {name}; let name tell apart what varies: {', '.join(varying[:40])}")
+        seen.add(key)
+        names.add(name)
         named.append(run | {"run_name": name})
     return named
 

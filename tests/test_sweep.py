@@ -1,8 +1,11 @@
 "Sweeps and comparisons with real processes: `dkd sweep`, `dkd compare`, on a small notebook of their own."
-import json, os, shutil, signal, subprocess, sys, time
+import json, os, random, shutil, signal, subprocess, sys, time
 import pytest
 from conftest import ROOT
+from drifting_kd.core import LabError
 from drifting_kd.run import run_state
+from drifting_kd.study import load_study, trials
+from drifting_kd.sweep import expand, load_matrix, load_yaml
 
 TOY = '''import drifting_kd.run
 from drifting_kd.core import Config, LabError, param, watch_parameters, write_json
@@ -214,3 +217,66 @@ seeds: [0, 1]""")
     study.write_text(study.read_text().replace("by: optimiser", "by: optimizer"))
     assert "run_name=fair-sgd-t1 optimizer=sgd lr=10.0" in dkd("compare", study, "--dry-run").stdout
     assert list((toy / "figures").glob("fair*.png")) and list((toy / "figures").glob("fair*.json")), done.stdout
+
+# ---- files that nobody should write
+
+LAUGHS = "a: &a [" + ", ".join(["lol"] * 9) + "]\n" + "\n".join(
+    f"{new}: &{new} [{', '.join([f'*{old}'] * 9)}]" for old, new in zip("abcdefgh", "bcdefghi"))
+SLIPS = {
+    LAUGHS: "aliases stand for more than 200,000 characters",
+    "matrix: {seed: [1]}\nname: '{seed:>999999999}'": "is not a template",
+    "matrix: {" + ", ".join(f"p{i}: {[*range(10)]}" for i in range(9)) + "}": "1000000000 runs; expected",
+    "a: " + "[" * 50_000: "in one another",
+    "matrix: {seed: [2024-13-45]}": "is no timestamp",
+    "matrix: {seed: [" + "9" * 5000 + "]}": "is no int"}
+
+def memory() -> None:  # of a child: a bomb ends there
+    import resource
+    resource.setrlimit(resource.RLIMIT_AS, (3 * 2**30,) * 2)
+
+def test_a_file_that_would_hang_is_one_line(toy):
+    "In each command that reads one; a pipe and an endless file, too."
+    def refused(*words) -> str:
+        done = dkd(*words, preexec_fn=memory)
+        assert done.returncode == 1 and done.stderr.count("\n") == 1 and len(done.stderr) < 1000, done.stderr[-2000:]
+        assert not (toy / "runs").exists()
+        return done.stderr
+    for i, (text, words) in enumerate(SLIPS.items()):
+        (toy / f"{i}.yaml").write_text(text)
+        assert words in refused("sweep", toy / f"{i}.yaml")
+    assert "aliases stand for" in refused("compare", toy / "0.yaml") + refused("run", "toy", "-f", toy / "0.yaml")
+    os.mkfifo(toy / "pipe.yaml")
+    for command in (("sweep", toy / "pipe.yaml"), ("run", "toy", "-f", "/dev/zero")):
+        assert "is no file" in refused(*command)
+
+PIECES = """: - , [ ] { } ? | > & * &a *a << ~ ! !! !!int !!set !!binary !!timestamp !!python/name:os.system % @ `
+' " \\ # --- ... 0b_ 0x_ 0o9 1_ .inf -.inf .nan 1e999 1:60:99 2024-13-45 2024-01-01 on null = seed lr matrix
+include name trials x
+{seed} {seed:>9999999} {} { [[[[[[[[ {{{{{{{{ - - - - \0 \t \n \ufeff \u2028 \ud7ff \U0001f600""".split()
+PIECES += ["\n", "\n  ", "\t", ": ", "9" * 5000, "0x" + "f" * 5000, "[" * 500, "\x00", "\x85", "\u2028", "? [a]\n: b\n"]
+
+def mutated(rng: random.Random, text: str) -> str:
+    "A file with one to four slips: something cut, moved, doubled or put between."
+    for _ in range(rng.randint(1, 4)):
+        i, j = sorted(rng.randrange(len(text) + 1) for _ in range(2))
+        j = min(j, i + rng.choice((1, 3, 30)))
+        text = text[:i] + rng.choice(("", rng.choice(PIECES), 2 * text[i:j], text[i:j][::-1])) + text[j:]
+    return text
+
+def test_no_mutated_file_is_a_traceback(tmp_path):
+    "Whatever the slip: it is read, or a LabError of one short line says what is wrong."
+    configs, path, rng = ROOT / "nbs" / "configs", tmp_path / "mutated.yaml", random.Random(0)
+    texts = [(configs / "sweeps" / f"{name}.yaml").read_text()
+             for name in ("optimizers_digits", "compare_optimizers_digits", "drift_digits")]
+    texts = ["\n".join(line for line in text.splitlines() if not line.startswith("#")) for text in texts]
+    ways = (lambda: load_yaml(path, text=True), lambda: expand(load_matrix(path)), lambda: trials(load_study(path)))
+    read, refused, start = 0, 0, time.perf_counter()
+    for _ in range(300):
+        path.write_text(mutated(rng, rng.choice(texts)), encoding="utf-8", errors="surrogatepass")
+        for way in ways:
+            try: way()
+            except LabError as e:
+                refused += 1
+                assert len(str(e).splitlines()) == 1 and len(str(e)) < 1500, str(e)
+            else: read += 1
+    assert min(read, refused) > 100 and time.perf_counter() - start < 60, (read, refused)
