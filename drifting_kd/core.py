@@ -49,7 +49,7 @@ def _edits(a: str, b: str) -> int:
     return rows[-1][-1]
 
 # %% ../nbs/00_core.ipynb #ecd32df9
-def _nearest(name: str, allowed: list[str]) -> list[str]:
+def _near_names(name: str, allowed: list[str]) -> list[str]:
     "Up to three names that are alike, capitals aside: the nearest and what is as near."
     def alike(other: str) -> float:
         a, b = name[:80].lower(), other.lower()
@@ -66,7 +66,7 @@ def unknown(what: str,      # "judge", "parameter", ...; of a parameter's value 
            ) -> LabError:
     "The error for a name that does not exist, with the nearest ones that do."
     allowed = sorted(str(a) for a in allowed)
-    near = _nearest(name if isinstance(name, str) else brief(name), allowed)
+    near = _near_names(name if isinstance(name, str) else brief(name), allowed)
     known = f"did you mean {' or '.join(repr(n) for n in near)}?" if near else f"known: {', '.join(allowed[:40])}"
     given = f"{what}{brief(name)} is not known" if what.endswith("=") else f"unknown {what} {brief(name)}"
     return LabError(f"{given}; {known}{' ' + hint if hint else ''}")

@@ -64,7 +64,7 @@ class DistillConfig(MethodConfig):
     val_fraction: float = param(
         0.2, "share of the training images kept: half to calibrate teachers, half for selection", low=0, high=0.9)
     eval_every: int = param(
-        5, "epochs between evaluations, or steps where steps is set; the end always is one", low=1)
+        5, "epochs between evaluations, or steps where steps is set; the end always is one", low=1, high=1_000_000)
     teachers: str = param(
         "", "runs, folders, files, artifacts or published networks, in words; empty trains own ones, once")
     teacher_models: str = param("resnet14 resnet14 resnet14", "networks of own teachers, in words")
@@ -115,6 +115,7 @@ def composition(self: MethodConfig) -> Composition: # noqa: F811
     if self.method == "none": return METHODS["none"]
     numbers = dict(weight=self.kd_weight, alpha=self.kd_alpha, gamma=self.gamma, threshold=self.threshold)
     given = {k: v for k, v in numbers.items() if v >= 0}
+    if 0 < self.temperature < 1e-3: raise LabError(f"temperature={self.temperature}: expected 0 or at least 0.001")
     if self.temperature: given["T"] = self.temperature
     more, options = self.more_of(composition(self.method), given)
     if options: more["options"] = options

@@ -108,19 +108,19 @@ class DriftDefaults(GenerateConfig):
     model: str = param("mlp", "generator")
     steps: int = param(1500, "optimiser steps; cadences count steps", low=0, high=10**9)
     batch_size: int = param(640, "generated images a step, over all groups and processes; "
-                                 "rounded down to as many for each group", low=2)
+                                 "rounded down to as many for each group", low=2, high=100_000)
     optimizer: str = param("adamw", "sgd, nesterov, adamw, muon, lion or any name of timm's factory")
     lr: float = param(6e-3, "learning rate; 0 is the optimiser's own", low=0, high=100)
     betas: tuple = param((0.9, 0.95), "momenta of Adam and its kin; empty is the optimiser's own")
     weight_decay: float = param(0.01, "weight decay; below 0 is the optimiser's own", low=-1, high=10)
-    warmup: int = param(50, "optimiser steps of linear warm-up", low=0)
+    warmup: int = param(50, "optimiser steps of linear warm-up", low=0, high=10**9)
     final_lr: float = param(0.05, "where cosine ends, as a fraction of lr", low=0, high=1)
-    grad_clip: float = param(2.0, "largest gradient norm; 0 is off", low=0)
+    grad_clip: float = param(2.0, "largest gradient norm; 0 is off", low=0, high=1e6)
     ema_decay: float = param(0.99, "decay of the averaged weights; 0 is off", low=0, high=0.99999)
     flip: str = param("off", "auto (as the data set allows), on or off", choices=("auto", "on", "off"))
     crop_padding: int = param(0, "pixels of random shift; -1 is the data set's own", low=-1, high=64)
     eval_every: int = param(100, "epochs between evaluations, or steps where steps is set; the end always is one",
-                            low=1)
+                            low=1, high=1_000_000)
 
     def models(self) -> list[str]: return list_generators()
     def batches(self, images: int) -> int: return math.ceil(images / self.batch_size)
@@ -129,21 +129,23 @@ class DriftDefaults(GenerateConfig):
 @dataclass
 class DriftConfig(DriftDefaults):
     "Everything a drifting run needs."
-    groups: int = param(0, "classes a step; 0 is all", low=0)
-    positives: int = param(64, "real images a group", low=1)
-    unconditional: int = param(16, "real images of any class that repel a group, where alpha is above 1", low=1)
+    groups: int = param(0, "classes a step; 0 is all", low=0, high=100_000)
+    positives: int = param(64, "real images a group", low=1, high=100_000)
+    unconditional: int = param(16, "real images of any class that repel a group, where alpha is above 1",
+                               low=1, high=100_000)
     alpha_max: float = param(2.0, "greatest guidance strength in training; 1 is no guidance", low=1, high=100)
     alpha_power: float = param(5.0, "strengths are drawn from alpha^-power", low=-20, high=20)
     alpha: float = param(1.0, "guidance strength of the samples that are looked at", low=1, high=100)
     temps: tuple = param((0.02, 0.05), "temperatures, relative to a mean distance of one; the paper has 0.2, too")
     sinkhorn_iters: int = param(2, "normalisations of the affinity; 1 is the paper's", low=1, high=100)
-    chunk: int = param(0, "rows of the affinity at a time; 0 is all", low=0)
+    chunk: int = param(0, "rows of the affinity at a time; 0 is all", low=0, high=1_000_000)
     encoder: str = param("pixels", "pixels; mae, mae_wide or classifier (trained here once); a run; published weights")
-    encoder_epochs: int = param(20, "epochs of mae, mae_wide or classifier", low=1)
+    encoder_epochs: int = param(20, "epochs of mae, mae_wide or classifier", low=1, high=100_000)
     encoder_layers: str = param("", "layers of the encoder; empty is every stage")
     encoder_size: int = param(0, "side of the images that the encoder sees; 0 is the data's", low=0, high=1024)
     multi_scale: bool = param(True, "locations and windows too; off: mean and deviation of each map")
-    queue: int = param(0, "real images kept a class, refreshed by `positives` a step; 0 is all", low=0)
+    queue: int = param(0, "real images kept a class, refreshed by `positives` a step; 0 is all",
+                       low=0, high=1_000_000)
 
     def __post_init__(self): super().__post_init__(), self.check()
     def sampling(self) -> dict: return dict(alpha=self.alpha)

@@ -220,7 +220,7 @@ class MaeConfig(FitConfig):
     "A masked autoencoder's training."
     model: str = param("mae", "network")
     epochs: int = param(20, "passes over the training images", low=1, high=100_000)
-    batch_size: int = param(128, "images a batch, over all processes", low=1)
+    batch_size: int = param(128, "images a batch, over all processes", low=1, high=1_000_000)
     optimizer: str = param("adamw", "sgd, nesterov, adamw, muon, lion or any name of timm's factory")
     def models(self) -> list[str]: return list(MAES)
 

@@ -192,8 +192,8 @@ def sample(model: nn.Module,
 class GenerateConfig(FitConfig):
     "What every family of generators adds to the loop's settings."
     judge: str = param("", "what measures distances: a shipped judge, a run, none; empty is the data set's own")
-    eval_samples: int = param(1000, "generated images an evaluation in training", low=2)
-    num_samples: int = param(2000, "generated images of the evaluation at the end", low=2)
+    eval_samples: int = param(1000, "generated images an evaluation in training", low=2, high=1_000_000)
+    num_samples: int = param(2000, "generated images of the evaluation at the end", low=2, high=1_000_000)
 
     def sampling(self) -> dict:
         "The settings that samples are looked at with, as `used_sampling` knows them."

@@ -46,13 +46,14 @@ class JudgeConfig(TrainConfig):
     threads: int = param(1, "CPU threads; another number gives other last bits", low=0, high=1024)
     model: str = param("judge", "name of the network")
     epochs: int = param(0, "passes over the training images; 0 is the recipe's", low=0, high=100_000)
-    batch_size: int = param(0, "images a batch; 0 is the recipe's", low=0)
+    batch_size: int = param(0, "images a batch; 0 is the recipe's", low=0, high=1_000_000)
     optimizer: str = param("adamw", "sgd, nesterov, adamw, muon, lion or any name of timm's factory")
     lr: float = param(0.003, "learning rate; 0 is the optimiser's own", low=0, high=100)
     noise: float = param(0.2, "largest strength of Gaussian noise on training images, of the range", low=0, high=1)
     eval_every: int = param(
-        1, "epochs between evaluations, or steps where steps is set; the end always is one", low=1)
-    images: int = param(0, "images a distance; 0 is two fifths of the test split, at most 2,000", low=0)
+        1, "epochs between evaluations, or steps where steps is set; the end always is one", low=1, high=1_000_000)
+    images: int = param(0, "images a distance; 0 is two fifths of the test split, at most 2,000",
+                        low=0, high=1_000_000)
     draws: int = param(3, "times that each degradation is drawn", low=1, high=100)
     twin: bool = param(False, "train the same judge without noise, too, and compare")
     save: bool = param(False, "put the judge into the package")

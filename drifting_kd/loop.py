@@ -7,7 +7,7 @@ from __future__ import annotations
 import math, os, sys, time
 from dataclasses import dataclass, field
 from fastcore.basics import patch
-from .core import Config, LabError, param
+from .core import Config, LabError, brief, param
 from .optim import lr_at
 
 # %% auto #0
@@ -21,7 +21,7 @@ class DataConfig(Config):
     dataset: str = param("digits", "digits, shapes, mnist, cifar10, ... or an npz in data_root")
     data_root: str = param("", "folder with the data; empty is DKD_DATA, else data/")
     image_size: int = param(0, "pixels a side; 0 is the data set's own", low=0, high=1024)
-    limit: int = param(0, "number of training images, stratified; 0 is all", low=0)
+    limit: int = param(0, "number of training images, stratified; 0 is all", low=0, high=10**8)
     val_fraction: float = param(0.1, "share of the training images kept for selection", low=0, high=0.9)
     split_seed: int = param(42, "seed of the split", low=0, high=2**63 - 1)
     flip: str = param("auto", "auto (as the data set allows), on or off", choices=("auto", "on", "off"))
@@ -56,14 +56,14 @@ class OptimizerConfig(MachineConfig):
     model: str = param("resnet8", "name of the network")
     epochs: int = param(40, "passes over the training images", low=1, high=100_000)
     steps: int = param(0, "optimiser steps instead of epochs; cadences then count steps", low=0, high=10**9)
-    batch_size: int = param(64, "images a batch, over all processes", low=1)
+    batch_size: int = param(64, "images a batch, over all processes", low=1, high=1_000_000)
     optimizer: str = param("sgd", "sgd, nesterov, adamw, muon, lion or any name of timm's factory")
     lr: float = param(0.0, "learning rate; 0 is the optimiser's own", low=0, high=100)
     momentum: float = param(-1.0, "momentum; below 0 is the optimiser's own", low=-1, high=0.9999)
     betas: tuple = param((), "momenta of Adam and its kin; empty is the optimiser's own")
     weight_decay: float = param(-1.0, "weight decay; below 0 is the optimiser's own", low=-1, high=10)
     schedule: str = param("cosine", "none, cosine or step, after the warm-up", choices=("none", "cosine", "step"))
-    warmup: int = param(0, "optimiser steps of linear warm-up", low=0)
+    warmup: int = param(0, "optimiser steps of linear warm-up", low=0, high=10**9)
     warmup_from_zero: bool = param(False, "the first step of the warm-up has the rate 0")
     milestones: tuple = param((0.5, 0.75), "fractions of training where step divides the rate by ten")
     final_lr: float = param(0.0, "where cosine ends, as a fraction of lr", low=0, high=1)
@@ -71,26 +71,27 @@ class OptimizerConfig(MachineConfig):
     def __post_init__(self):
         super().__post_init__()
         if any(not 0 <= b < 1 for b in self.betas):
-            raise LabError(f"betas={self.betas}: expected numbers from 0 to below 1")
+            raise LabError(f"betas={brief(self.betas)}: expected numbers from 0 to below 1")
         if any(not 0 < m < 1 for m in self.milestones):
-            raise LabError(f"milestones={self.milestones}: expected fractions of training between 0 and 1")
+            raise LabError(f"milestones={brief(self.milestones)}: expected fractions of training between 0 and 1")
 
 # %% ../nbs/31_loop.ipynb #add63156
 @dataclass
 class FitConfig(OptimizerConfig):
     "What the loop and the data need; every family inherits and adds."
     task: str = param("", "a task of your own, by its name in TASKS; empty is the notebook's")
-    grad_clip: float = param(0.0, "largest gradient norm; 0 is off", low=0)
+    grad_clip: float = param(0.0, "largest gradient norm; 0 is off", low=0, high=1e6)
     accumulation: int = param(1, "batches a step", low=1, high=10_000)
     ema_decay: float = param(0.0, "decay of the averaged weights; 0 is off", low=0, high=0.99999)
     compile: bool = param(False, "compile the network; on a GPU with CUDA graphs")
-    patience: int = param(0, "evaluations without improvement before stopping; 0 is off", low=0)
-    log_every: int = param(50, "steps a line of metrics.jsonl", low=1)
-    eval_every: int = param(10, "epochs between evaluations, or steps where steps is set; the end always is one", low=1)
+    patience: int = param(0, "evaluations without improvement before stopping; 0 is off", low=0, high=100_000)
+    log_every: int = param(50, "steps a line of metrics.jsonl", low=1, high=100_000)
+    eval_every: int = param(10, "epochs between evaluations, or steps where steps is set; the end always is one",
+                            low=1, high=1_000_000)
     layer_norms: bool = param(False, "log the norms of each layer's gradient, weights and activations")
     save_every: int = param(0, "epochs between checkpoints, or steps where steps is set; "
-                               "0 is one epoch, or eval_every steps", low=0)
-    keep_last: int = param(2, "how many numbered checkpoints to keep", low=0)
+                               "0 is one epoch, or eval_every steps", low=0, high=1_000_000)
+    keep_last: int = param(2, "how many numbered checkpoints to keep", low=0, high=100_000)
 
     NOT_COMPARED = (*Config.NOT_COMPARED, "layer_norms")  # it only looks
 

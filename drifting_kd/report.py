@@ -547,7 +547,7 @@ class ReportConfig(Parameters):
     keys: str = param("test/accuracy,test/last_accuracy", "metrics of metrics.json to compare")
     curve_keys: str = param("train/loss,val/accuracy", "metrics of metrics.jsonl to draw; empty draws none")
     target_key: str = param("val/accuracy", "metric whose time to a target is measured; empty leaves it out")
-    target: float = param(0.0, "value to reach; 0 is the median best value of the worst group")
+    target: float = param(0.0, "value to reach; 0 is the median best value of the worst group", low=-1e9, high=1e9)
     direction: str = param("", "max or min, which way target_key is better; empty is told by its name",
                            ("", "max", "min"))
     reference: str = param("", "group that the others are compared with; empty is the first")

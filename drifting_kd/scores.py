@@ -34,7 +34,7 @@ class SampleConfig(Parameters):
     checkpoint: str = param("", "a run, a .pt file or a folder of them; empty: the newest finished run of a generator")
     ema: bool = param(True, "the averaged weights, where the run kept them")
     num_samples: int = param(50_000, "images a checkpoint", low=2, high=10**7)
-    batch_size: int = param(256, "images a forward pass; the samples do not depend on it", low=1)
+    batch_size: int = param(256, "images a forward pass; the samples do not depend on it", low=1, high=1_000_000)
     alpha: float = param(1.5, "guidance strength; a generator without guidance has its own", low=0, high=1000)
     seed: int = param(42, "seed of noise and labels", low=0, high=2**63 - 1)
 
@@ -54,7 +54,8 @@ class EvaluateConfig(SampleConfig):
     skip_existing: bool = param(True, "leave out what is in the table already")
     save_images: bool = param(False, "write the samples as generated/*.png")
     cleanup_samples: bool = param(True, "remove a generated folder of an earlier evaluation, unless images are written")
-    save_every: int = param(20, "batches between two states that a killed evaluation continues from", low=1)
+    save_every: int = param(20, "batches between two states that a killed evaluation continues from",
+                            low=1, high=1_000_000)
     device: str = param("auto", "auto, cpu, cuda, cuda:1 or mps")
     threads: int = param(0, "CPU threads; 0 is one up to 16 pixels, else torch's own", low=0, high=1024)
     tracker: str = param("wandb", "wandb (offline without a key), trackio, mlflow or none",

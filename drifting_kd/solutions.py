@@ -510,7 +510,8 @@ class SolutionsConfig(Parameters):
     data_root: str = param("", "folder with the data; empty is DKD_DATA, else data/")
     device: str = param("auto", "auto, cpu, cuda, cuda:1 or mps")
     threads: int = param(0, "CPU threads; 0 is one up to 16 pixels, else torch's own", low=0, high=1024)
-    images: int = param(1000, "images for sharpness and BatchNorm (training), barriers, CKA and damage (test)", low=10)
+    images: int = param(1000, "images for sharpness and BatchNorm (training), barriers, CKA and damage (test)",
+                        low=10, high=1_000_000)
     at: float = param(0.0, "validation accuracy of the networks, each run's nearest kept checkpoint; "
                            "0 is the last weights", low=0, high=1)
     iterations: int = param(30, "Hessian-vector products for the sharpness of a run, at most", low=1, high=1000)

@@ -55,7 +55,7 @@ def _scalar(loader, node):
     raise LabError(f"{_at(node)}: {brief(node.value)} is a {type(value).__name__} to YAML; put it into quotes")
 
 # %% ../nbs/60_sweep.ipynb #010390d3
-def _key(loader, node, before: dict) -> str:
+def _name_at(loader, node, before: dict) -> str:
     "The name before a colon, which is not in the mapping before."
     if node.value == "<<": raise LabError(f"{_at(node)}: merges with << are not read here; write the names out")
     name = _scalar(loader, node) if isinstance(node.value, str) else None
@@ -76,7 +76,7 @@ def _contents(loader, node, depth: int = 0):
     if kind != "map": raise LabError(f"{_at(node)}: is not YAML of plain values; remove the tag {brief(node.tag)}")
     found = {}
     for key, value in node.value:
-        name = _key(loader, key, found)
+        name = _name_at(loader, key, found)
         found[name] = _contents(loader, value, depth + 1)
     return found
 

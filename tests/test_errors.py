@@ -1,8 +1,9 @@
 "What goes wrong from outside, in real processes: one clear line, exit code 1, and earlier results as they were."
-import hashlib, os, pickle, shutil, subprocess, sys
+import dataclasses, hashlib, importlib, os, pickle, shutil, subprocess, sys
 from pathlib import Path
 import pytest
-from conftest import losses, same_weights, train
+from conftest import ROOT, losses, same_weights, train
+from drifting_kd.core import LabError, Parameters
 
 SETTINGS = dict(optimizer="adamw", ema_decay=0.9, epochs=4, keep_last=2)  # six steps an epoch, a checkpoint after each
 DISK_FULL = """
@@ -197,7 +198,7 @@ def test_not_finite_names_the_step_and_the_checkpoint(runs):
         ("dataset", "digts", "did you mean 'digits'"),
         ("model", "resnet9", "did you mean 'resnet"),
         ("optimizer", "adamww", "did you mean 'adamw'"),
-        ("batch_size", -1, "expected at least 1"),
+        ("batch_size", -1, "expected between 1 and"),
         ("epochs", 10**9, "expected between 1 and"),
     ],
 )
@@ -209,3 +210,35 @@ def test_bad_values_are_refused_before_anything_is_written(runs, name, value, wo
         folders,
         [runs],
     )
+
+# ---- every number has a least and a most
+
+def configurations(kind: type = Parameters) -> list[type]:
+    "Every configuration of the package."
+    for path in (ROOT / "drifting_kd").glob("*.py"): importlib.import_module(f"drifting_kd.{path.stem}")
+    below = [more for one in kind.__subclasses__() for more in (one, *configurations(one))]
+    return sorted({c for c in below if c.__module__.startswith("drifting_kd.")}, key=lambda c: c.__name__)
+
+def test_every_number_has_bounds_and_they_hold():
+    "A slip such as ten thousand million images costs a line, not the memory."
+    every = configurations()
+    assert {"TrainConfig", "DistillConfig", "DriftConfig", "EvaluateConfig"} <= {c.__name__ for c in every}
+    for kind in every:
+        for f in dataclasses.fields(kind):
+            if type(f.default) not in (int, float): continue
+            low, high, name = f.metadata["low"], f.metadata["high"], f"{kind.__name__}.{f.name}"
+            assert low is not None and high is not None and low <= f.default <= high, name
+            assert f.name in ("seed", "split_seed") or abs(high) <= 1e9 and abs(low) <= 1e9, name
+            for slip in (type(low)(low - abs(low) - 1), high * 2 + 1, 10**5000):
+                given = float(slip) if type(f.default) is float and abs(slip) < 10**300 else slip
+                with pytest.raises(LabError, match="expected (between|a finite)"): kind(**{f.name: given})
+
+@pytest.mark.parametrize("name", ["milestones", "betas", "temps"])
+def test_lists_in_lists_are_one_short_line(name):
+    from drifting_kd.drifting import DriftConfig
+    for slip in ([[0.9]], [["0.9"]], "[[0.9]]", {"a": 1}, [None], [10**400], "x" * 1500, [0.5] * 1500 + ["x"]):
+        with pytest.raises(LabError) as refusal: DriftConfig(**{name: slip})
+        line = str(refusal.value)
+        assert line.startswith(f"{name}=") and len(line) < 200 and "\n" not in line
+    for slip in (1e-30, 1e30):
+        with pytest.raises(LabError, match="expected"): DriftConfig(temps=(slip,))

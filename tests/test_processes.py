@@ -1,5 +1,5 @@
 "Two processes (gloo) give the losses of one with the same global batch, to summation order; one of them writes."
-import json, signal, socket, subprocess, sys
+import json, os, signal, socket, subprocess, sys
 import pytest
 from conftest import losses, same_weights, train, weights
 
@@ -184,6 +184,12 @@ def test_a_batch_that_does_not_divide_is_refused(lab):
     out = train(processes=2, batch_size=51)
     assert out.returncode == 1 and "does not divide among 2 processes" in out.stderr
 
+def test_more_processes_than_cores_are_refused_before_anything_is_written(lab):
+    many = 1 + os.cpu_count()
+    out = train(processes=many, batch_size=2 * many)
+    assert out.returncode == 1 and f"processes={many}: this machine has {many - 1} cores" in out.stderr
+    assert len(out.stderr.splitlines()) == 1 and not list(lab.iterdir())
+
 def test_what_stops_a_child_is_one_line(lab):
     "Also with three processes, whose shares of an evaluation differ."
     nan = """import drifting_kd.classify as t
@@ -196,7 +202,8 @@ t.Classify.loss = loss"""
     assert out.returncode == 1 and out.stderr.strip().splitlines()[-1].startswith(
         "LabError: the loss or its gradient is not finite at step 4"
     ), out.stderr[-2000:]
-    three = train(run_name="three", processes=3, batch_size=51, epochs=1)
+    enough = "import os; os.cpu_count = lambda: 8"
+    three = train(enough, run_name="three", processes=3, batch_size=51, epochs=1)
     assert three.returncode == 0 and summary(lab / "runs/three")["processes"] == 3, three.stderr[-2000:]
 
 FORKED = """
