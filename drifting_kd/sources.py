@@ -428,8 +428,9 @@ def _array(path: Path, x: np.ndarray, what: str) -> np.ndarray:
     x = x[..., None] if x.ndim == 3 else x
     if x.ndim != 4 or x.shape[3] not in (1, 3):
         raise LabError(f"{path}: {what} has shape {x.shape}; expected [N, H, W], [N, H, W, 1] or [N, H, W, 3]")
-    if x.shape[1] != x.shape[2] or not len(x):
-        raise LabError(f"{path}: {what} has shape {x.shape}; expected at least one image, all square")
+    if x.shape[1] != x.shape[2] or not x.size:
+        raise LabError(f"{path}: {what} has shape {x.shape}; expected at least one image of at least one pixel, "
+                       "all square")
     if np.issubdtype(x.dtype, np.floating):
         low, high = float(x.min()), float(x.max())  # not a number compares false
         if not (0 <= low and high <= 1):
