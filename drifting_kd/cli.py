@@ -4,11 +4,13 @@
 
 # %% ../nbs/70_cli.ipynb #de3b7871
 from __future__ import annotations
-import argparse, ast, contextlib, datetime, json, logging, os, re, sys, time
+import argparse, ast, contextlib, datetime, json, logging, os, re, sys
 from pathlib import Path
-from .core import LabError, check_value, load_plugins, project_root, runs_folder, split_words, unknown
+from . import __version__
+from .core import LabError, brief, check_value, load_plugins, project_root, read_json, runs_folder
+from .core import split_words, unknown
 from .run import list_runs, run_state, try_lock
-from .sweep import BUSY, Local, claim, expand, load_matrix, load_yaml, run_sweep, shown
+from .sweep import BUSY, Local, as_text, claim, expand, load_matrix, load_yaml, run_sweep, shown
 from .known import check_known, check_source
 
 # %% auto #0
@@ -17,11 +19,18 @@ __all__ = ['KEY_METRICS', 'COMMANDS', 'find_notebook', 'parameters_cell', 'decla
            'compare_command', 'fid_command', 'reference_command', 'evaluate_command', 'parser', 'main']
 
 # %% ../nbs/70_cli.ipynb #953954db
+def _no_project() -> LabError:
+    "What to do where no project is."
+    return LabError(f"no project is here: {project_root()} holds no nbs/; cd into your clone of drifting_kd, "
+                    "or set DKD_ROOT to it")
+
+# %% ../nbs/70_cli.ipynb #559bb349
 def find_notebook(name: str) -> Path:
     "`train`, `nbs/train.ipynb`, or a path."
-    here, nbs = Path(name), project_root() / "nbs"
-    for path in (here, project_root() / name, nbs / f"{name}.ipynb"):
-        if path.suffix == ".ipynb" and path.is_file(): return path.resolve()
+    nbs = project_root() / "nbs"
+    for path in map(str, (name, project_root() / name, nbs / f"{name}.ipynb")):
+        if path.endswith(".ipynb") and os.path.isfile(path): return Path(path).resolve()
+    if not nbs.is_dir(): raise _no_project()
     raise unknown("notebook", name, [p.stem for p in nbs.glob("[a-z]*.ipynb")], f"in {nbs}")
 
 # %% ../nbs/70_cli.ipynb #ec79e314
@@ -66,11 +75,10 @@ def cast(name: str,     # the parameter
             elif kind in ("int", "float"): value = dict(int=int, float=float)[kind](value)
         except (ValueError, KeyError): pass  # check_value says what was expected
     if kind in ("tuple", "list"):
-        if isinstance(value, (list, tuple)): value = ",".join(map(str, value))
         check_value(name, value, ())
-        return value
+        return as_text(value)
     if kind == "str" and not isinstance(value, str):
-        raise LabError(f"{name}={value!r} ({type(value).__name__}): expected text; put it in quotes")
+        raise LabError(f"{name}={brief(value)} ({type(value).__name__}): expected text; put it in quotes")
     return check_value(name, value, default)
 
 # %% ../nbs/70_cli.ipynb #b98e63da
@@ -93,11 +101,14 @@ def parameters(notebook: Path, # with one tagged cell
     return typed
 
 # %% ../nbs/70_cli.ipynb #d4964439
-def _touched(since: float) -> list[Path]:
-    "Run folders that were written to after `since`, newest last."
+def _marks() -> dict[Path, list]:
+    "How the files of every run look now; whatever is written into a run changes them. No clock is read."
+    def mark(file: Path) -> tuple | None:
+        try: s = file.stat()
+        except OSError: return None
+        return s.st_mtime_ns, s.st_ctime_ns, s.st_size, s.st_ino
     files = ("config.json", "metrics.jsonl", "metrics.json", ".lock")
-    def newest(p): return max((f.stat().st_mtime for name in files if (f := p / name).exists()), default=0.0)
-    return sorted((c.parent for c in runs_folder().glob("*/config.json") if newest(c.parent) >= since), key=newest)
+    return {c.parent: [mark(c.parent / name) for name in files] for c in runs_folder().glob("*/config.json")}
 
 # %% ../nbs/70_cli.ipynb #b968566d
 def _names(text: str, name: str) -> bool:
@@ -105,12 +116,19 @@ def _names(text: str, name: str) -> bool:
     return re.search(rf"(?<![\w.+=-]){re.escape(name)}(?![\w+=-])", text) is not None
 
 # %% ../nbs/70_cli.ipynb #eb24ca8c
-def _made(since: float, output: Path) -> Path | None:
-    "The run that this notebook made or continued."
-    touched = _touched(since)
+def _made(before: dict,  # the marks before the notebook ran
+          output: Path,  # the notebook, executed
+          given: dict,   # all its parameters
+         ) -> Path | None:
+    "The run that a notebook made or continued."
+    changed = [path for path, mark in _marks().items() if mark != before.get(path)]
     text = output.read_text(encoding="utf-8") if output.exists() else ""
-    named = [p for p in touched if _names(text, p.name)]
-    return (named or touched or [None])[-1]
+    def alike(path: Path) -> int:
+        try: config = read_json(path / "config.json")
+        except LabError: return -1
+        return sum(as_text(config.get(name)) == as_text(value) for name, value in given.items())
+    named = [path for path in changed if _names(text, path.name)]
+    return max(named or changed, key=lambda path: (alike(path), (path / "config.json").stat().st_mtime), default=None)
 
 # %% ../nbs/70_cli.ipynb #c4a52d3b
 def _show(path: Path) -> str:
@@ -215,11 +233,12 @@ def run_command(args) -> int:
 def _run(notebook: Path, typed: dict, output: str) -> int:
     "Run a notebook and say where everything is; a run that did not finish is an error."
     own = f"{notebook.stem}-{datetime.datetime.now():%Y%m%d-%H%M%S}-{os.getpid()}.ipynb"
-    place, since = Path(output) if output else runs_folder() / "notebooks" / own, time.time() - .01
+    place, before = Path(output) if output else runs_folder() / "notebooks" / own, _marks()
     execute(notebook, typed, place)
     print(f"notebook  {_show(place)}")
-    if "run_name" not in declared(notebook): return 0  # it makes no run
-    run = _made(since, place)
+    cell = {name: default for name, (_, default) in declared(notebook).items()}
+    if "run_name" not in cell: return 0  # it makes no run
+    run = _made(before, place, cell | typed)
     if run is not None and run_state(run) == "finished":
         for what, path in _paths(run): print(f"{what:9s} {_show(path)}")
         return 0
@@ -262,6 +281,8 @@ def notebook_of(run: str) -> Path | None:
 # %% ../nbs/70_cli.ipynb #ecbe0eb9
 def runs_command(args) -> int:
     "`dkd runs`"
+    there = os.environ.get("DKD_ROOT") or runs_folder().exists() or (project_root() / "nbs").is_dir()
+    if not there: raise _no_project()
     rows = [r for r in list_runs() if args.state in ("", r["state"])][:args.last or None]
     if args.paths:
         for r in rows:
@@ -371,13 +392,32 @@ class _Help(argparse.Action):
             print(f"\nparameters of {namespace.notebook}:\n{parameters_cell(find_notebook(namespace.notebook))}")
         parser.exit()
 
+# %% ../nbs/70_cli.ipynb #4fd4184a
+def _joined(words: list[str]) -> list[str]:
+    "`-p name value` as `-p name=value`; what looks like an option is no value of two words."
+    rest, joined = list(words), []
+    while rest:
+        joined.append(rest.pop(0))
+        if joined[-1] != "-p" or not rest: continue
+        name = rest.pop(0)
+        if "=" not in name and rest and not re.match("-[A-Za-z-]", rest[0]): name += "=" + rest.pop(0)
+        joined.append(name)
+    return joined
+
+# %% ../nbs/70_cli.ipynb #8463936e
+def _pair(word: str) -> tuple[str, str]:
+    "Name and value."
+    name, equals, value = word.partition("=")
+    if equals: return name, value
+    raise argparse.ArgumentTypeError(f"expected NAME VALUE or NAME=VALUE, got {brief(word)}")
+
 # %% ../nbs/70_cli.ipynb #422972ba
 def _run_words(commands) -> None:
     p = commands.add_parser("run", help="run a notebook: dkd run train -p optimizer adamw", add_help=False)
     p.add_argument("-h", "--help", action=_Help, nargs=0, help="this; after a notebook's name its parameters, too")
     p.add_argument("notebook", help="train, nbs/train.ipynb or a path")
-    p.add_argument("-p", nargs=2, action="append", default=[], metavar=("NAME", "VALUE"),
-                   help="a parameter, as often as needed")
+    p.add_argument("-p", type=_pair, action="append", default=[], metavar="NAME VALUE",
+                   help="a parameter, as often as needed; also NAME=VALUE")
     p.add_argument("-f", "--file", help="YAML preset, name: value a line; -p wins over it")
     p.add_argument("--output", help="executed notebook (default: in runs/notebooks)")
     p.add_argument("--once", action="store_true", help=f"leave a run to the process that makes it (exit code {BUSY})")
@@ -472,6 +512,7 @@ def parser() -> argparse.ArgumentParser:
     "All commands with their words."
     about = "Run experiment notebooks with checked parameters, and see what they made."
     whole = argparse.ArgumentParser(prog="dkd", description=about)
+    whole.add_argument("--version", action="version", version=f"dkd {__version__}")
     commands = whole.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for add in COMMANDS: add(commands)
     return whole
@@ -479,8 +520,10 @@ def parser() -> argparse.ArgumentParser:
 # %% ../nbs/70_cli.ipynb #dee91f90
 def main(argv: list[str] | None = None) -> int:
     "The command `dkd`: 0 if it did what was asked, 1 with one line if not, 2 for wrong usage, 130 for Ctrl-C."
+    words = sys.argv[1:] if argv is None else argv
     try:
-        args = parser().parse_args(argv)
+        if not words: return print(parser().format_help(), end="") or 2
+        args = parser().parse_args(_joined(words) if words[0] == "run" else words)
         return args.do(args)
     except LabError as e:
         print(f"dkd: {e}", file=sys.stderr)

@@ -322,7 +322,7 @@ def job_of(run: dict, notebook: str, threads: int) -> Job:
     folder = runs_folder() / "notebooks"
     output, log = (folder / f"{run['run_name']}.{end}" for end in ("ipynb", "log"))
     command = [sys.executable, "-m", "drifting_kd.cli", "run", notebook, "--once", "--output", str(output)]
-    for name, value in {"resume": True, **run}.items(): command += ["-p", name, as_text(value)]
+    for name, value in {"resume": True, **run}.items(): command += ["-p", f"{name}={as_text(value)}"]
     env = {"OMP_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "passive", "DKD_ROOT": str(project_root())}
     return Job(run, command, log, env)
 

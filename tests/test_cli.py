@@ -102,6 +102,47 @@ def test_help_is_quick(root):
     assert probe.stdout.strip() == "[]", probe
 
 
+@pytest.mark.parametrize("words, code, said", [((), 2, "usage: dkd"), (("--version",), 0, "dkd 0.")])
+def test_plain_dkd_and_its_version_need_no_torch(root, words, code, said):
+    "Help and, as git does, a code that is not 0; also where no project is."
+    probe = """import atexit, sys
+import drifting_kd.cli
+atexit.register(lambda: print([m for m in ('torch', 'numpy', 'papermill', 'yaml') if m in sys.modules]))
+sys.exit(drifting_kd.cli.main(sys.argv[1:]))"""
+    done = subprocess.run([sys.executable, "-c", probe, *words], capture_output=True, text=True, cwd="/")
+    assert (done.returncode, done.stderr) == (code, "") and done.stdout.startswith(said), done
+    assert done.stdout.splitlines()[-1] == "[]" and ("sweep" in done.stdout) == (not words)
+
+
+@pytest.mark.parametrize("words", [("run", "train"), ("runs",), ("runs", "--paths"), ("run", "train", "--help")])
+def test_outside_the_project_the_way_is_shown(root, words):
+    env = {name: value for name, value in os.environ.items() if name != "DKD_ROOT"}
+    (root / "outside").mkdir()
+    (root / "nbs").rename(root / "outside" / "other")  # nowhere above is a folder nbs/
+    done = subprocess.run([sys.executable, "-m", "drifting_kd.cli", *words], capture_output=True, text=True, env=env,
+                          cwd=root / "outside")
+    assert done.returncode == 1 and done.stderr.count("\n") == 1 and not (root / "outside" / "runs").exists()
+    for part in ("no project is here", str(root / "outside"), "cd into your clone", "set DKD_ROOT"):
+        assert part in done.stderr, done.stderr
+
+
+def test_a_clock_that_jumps_back_and_parameters_with_equals_signs(root):
+    "An hour before the run began, say its files; it is found all the same."
+    notebook = root / "nbs" / "train.ipynb"
+    late = "\nimport pathlib\nfor p in pathlib.Path(run.path).iterdir(): os.utime(p, (time.time() - 3600,) * 2)"
+    nb = json.loads(notebook.read_text())
+    nb["cells"][-1]["source"] += late
+    notebook.write_text(json.dumps(nb))
+    done = call(root, "run", "train", "-p", "epochs=3", "-p", "run_name", "a=b", "-p", "lr=1e-2", "-p", "betas=.5,.9")
+    assert done.returncode == 0 and "a=b/metrics.json" in done.stdout, done.stderr
+    saved = config(root, "a=b")
+    assert (saved["epochs"], saved["lr"], saved["betas"]) == (3, .01, [.5, .9])
+    ages = call(root, "runs").stdout
+    assert "1 h ago" in ages and "-" not in ages.splitlines()[1].replace("a=b", "")
+    for file in (root / "runs" / "a=b").iterdir(): os.utime(file, (time.time() + 7200,) * 2)
+    assert "  0 s ago" in call(root, "runs").stdout
+
+
 def test_run_casts_presets_and_reports(root):
     (root / "preset.yaml").write_text("# a preset\nlr: 1e-3\nepochs: 9\ndataset: on\nbetas: [0.9, 0.95]\n")
     elsewhere = root / "elsewhere"
@@ -155,12 +196,17 @@ def test_run_casts_presets_and_reports(root):
     (("-p", "lrr", "1"), "did you mean 'lr'"),
     (("-p", "epochs", "2.5"), "epochs='2.5' (str): expected a whole number"),
     (("-p", "fast", "perhaps"), "True or False"),
+    (("-p", "seed", "9" * 5000), "expected a whole number"),
+    (("-p", "epochs", "0b_"), "epochs='0b_' (str): expected a whole number"),
+    (("-p", "betas=[[.9]]"), "expected numbers"),
+    (("-p", "lrr" * 500, "1"), "unknown parameter 'lrrlrr"),
+    (("-p", "lr"), None),
     (("-p", "lr", "-f"), None),
     (("-f", "missing.yaml"), "cannot read missing.yaml")])
 def test_bad_input_is_refused_before_anything_starts(root, words, expected):
     done = call(root, "run", "train", *words)
     assert done.returncode == (2 if expected is None else 1) and not (root / "runs").exists()
-    if expected: assert expected in done.stderr and done.stderr.count("\n") == 1, done.stderr
+    if expected: assert expected in done.stderr and done.stderr.count("\n") == 1 and len(done.stderr) < 400, done.stderr
 
 
 def test_lost_tag_and_unknown_notebook(root):
