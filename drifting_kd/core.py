@@ -326,7 +326,7 @@ def find_plugin(word: str) -> Plugin:
         source = Path(spec.origin) if spec and spec.origin and spec.origin.endswith(".py") else None
         if source and source.name != "__init__.py": return Plugin(word, (source,))
         if source: return Plugin(word, tuple(sorted(source.parent.rglob("*.py"))))
-    raise LabError(f"plugins={word!r}: no such file or module in {' or '.join(sorted({str(p) for p in places}))}; "
+    raise LabError(f"plugins={brief(word)}: no such file or module in {' or '.join(sorted({str(p) for p in places}))}; "
                    "give the path of a .py file, or the name of a module that Python can import")
 
 # %% ../nbs/00_core.ipynb #bc324a6f

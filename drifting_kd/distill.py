@@ -12,7 +12,7 @@ import torch
 from fastcore.basics import patch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
-from .core import LabError, choose_device, generator, launched, param, plain, split_words, unknown
+from .core import LabError, brief, choose_device, generator, launched, param, plain, split_words, unknown
 from .run import Run, once
 from .metrics import classification_metrics
 from .data import Batch, Dataset, Split, normalize, strong_pixels
@@ -101,10 +101,10 @@ def more_of(self: MethodConfig, base: Composition,
     for word in split_words(self.options):
         name, _, text = word.partition("=")
         try: value = float(text)
-        except ValueError: raise LabError(f"options={self.options!r}: expected words such as beta=2") from None
+        except ValueError: raise LabError(f"options={brief(self.options)}: expected words such as beta=2") from None
         if name not in own | fields: raise unknown("option", name, own | fields, f"in method {self.method!r}")
         if name in options or name in fields and name in given | found:
-            raise LabError(f"options={self.options!r}: {name} is there twice; give it once")
+            raise LabError(f"options={brief(self.options)}: {name} is there twice; give it once")
         (options if name in own else found)[name] = value
     return found, options
 
@@ -130,7 +130,7 @@ def term(self: MethodConfig) -> tuple[str, float]: # "" is none
     try: value = float(weight) if equals else FEATURE_WEIGHTS.get(name, 0.)
     except ValueError: value = -1.
     if 0 <= value < math.inf and (name or not equals): return name, value
-    raise LabError(f"feature={self.feature!r}: expected a weight after =, as in drift=0.3")
+    raise LabError(f"feature={brief(self.feature)}: expected a weight after =, as in drift=0.3")
 
 # %% ../nbs/49_distill.ipynb #b47f5206
 @patch
@@ -161,7 +161,7 @@ def refuse_unused(self: DistillConfig) -> None:
     for name in self.unused():
         if getattr(self, name) == self.default(name): continue
         why = " and no feature term" if name == "feature_layers" and self.composition().loss else ""
-        raise LabError(f"{name}={getattr(self, name)!r} does nothing with method {self.method!r}{why}; "
+        raise LabError(f"{name}={brief(getattr(self, name))} does nothing with method {self.method!r}{why}; "
                        "leave it out, or choose another method")
     if self.composition().loss and self.noise:
         raise LabError(f"noise={self.noise:g}: teachers see the student's views, and noise is none; use noise=0")

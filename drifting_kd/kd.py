@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import Tensor
-from .core import LabError, unknown
+from .core import LabError, brief, unknown
 
 # %% auto #0
 __all__ = ['GATES', 'LOSSES', 'WEIGHTS', 'VIEWS', 'METHODS', 'kd_loss', 'dkd_loss', 'nkd_loss', 'dist_loss', 'mlkd_loss',
@@ -482,8 +482,8 @@ def _named_parts(method: str, parts: list[str]) -> dict:
     named = {}
     for part in parts:
         what = "standardized" if part == "ls" else "weights" if part in WEIGHTS else "gate" if part in GATES else ""
-        if not what: raise unknown(f"part of method {method!r}:", part, ("ls", *WEIGHTS, *GATES))
-        if what in named: raise LabError(f"method {method!r} names two kinds of {what}; expected one")
+        if not what: raise unknown(f"part of method {brief(method)}:", part, ("ls", *WEIGHTS, *GATES))
+        if what in named: raise LabError(f"method {brief(method)} names two kinds of {what}; expected one")
         named[what] = part if what != "standardized" else True
     return named
 

@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 from fastcore.basics import patch
 from torch import Tensor
-from .core import LabError, Parameters, atomic_write, generator, param, split_words, unknown, write_json
+from .core import LabError, Parameters, atomic_write, brief, generator, param
+from .core import split_words, unknown, write_json
 from .run import locked
 from .images import MODES
 from .extractors import prompt_accuracy, slug
@@ -74,8 +75,8 @@ def __post_init__(self: EvaluateConfig):
     for word in split_words(self.metrics):
         if word not in MEASURES: raise unknown("word in metrics:", word, MEASURES)
     if self.reference and not (self.reference.endswith(".npz") or is_published(self.reference)):
-        raise LabError(f"reference={self.reference!r}: expected a .npz of statistics (dkd reference writes one), "
-                       "or cleanfid:cifar10")
+        raise LabError(f"reference={brief(self.reference)}: expected a .npz of statistics "
+                       "(dkd reference writes one), or cleanfid:cifar10")
 
 # %% ../nbs/53_scores.ipynb #3b310791
 class Notes(list):

@@ -330,7 +330,8 @@ def job_of(run: dict, notebook: str, threads: int) -> Job:
 class Local:
     "Processes on this machine, `workers` at a time; they share its cores."
     def __init__(self, workers: int = 1):
-        if workers < 1: raise LabError(f"workers={workers}: expected at least 1")
+        most = 16 * (os.cpu_count() or 1)
+        if not 1 <= workers <= most: raise LabError(f"workers={workers}: expected at least 1 and at most {most} here")
         self.workers, self.children, self.stopped = workers, set(), threading.Event()
 
     @property

@@ -242,3 +242,12 @@ def test_lists_in_lists_are_one_short_line(name):
         assert line.startswith(f"{name}=") and len(line) < 200 and "\n" not in line
     for slip in (1e-30, 1e30):
         with pytest.raises(LabError, match="expected"): DriftConfig(temps=(slip,))
+
+def test_what_was_given_is_cut_in_every_text_too():
+    for kind in configurations():
+        for f in dataclasses.fields(kind):
+            if type(f.default) is not str: continue
+            for slip in ("?" * 1500, "x=" + "1" * 1500, "a " * 750, "dkd+" + "b" * 1500, "a\nb"):
+                try: kind(**{f.name: slip})  # some are looked at only when they are used
+                except LabError as e:
+                    assert len(str(e)) < 400 and "\n" not in str(e), f"{kind.__name__}.{f.name}: {e}"
