@@ -6,7 +6,7 @@
 from __future__ import annotations
 import argparse, ast, contextlib, datetime, json, logging, os, re, sys
 from pathlib import Path
-from . import __version__
+import drifting_kd
 from .core import LabError, brief, check_value, load_plugins, project_root, read_json, runs_folder
 from .core import split_words, unknown
 from .run import list_runs, run_state, try_lock
@@ -512,7 +512,7 @@ def parser() -> argparse.ArgumentParser:
     "All commands with their words."
     about = "Run experiment notebooks with checked parameters, and see what they made."
     whole = argparse.ArgumentParser(prog="dkd", description=about)
-    whole.add_argument("--version", action="version", version=f"dkd {__version__}")
+    whole.add_argument("--version", action="version", version=f"dkd {drifting_kd.__version__}")
     commands = whole.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for add in COMMANDS: add(commands)
     return whole
