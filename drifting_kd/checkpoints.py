@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from fastcore.basics import patch
 from torch import nn
-from .core import LabError, PLUGINS, import_torchvision, project_root, runs_folder, unknown
+from .core import (
+    LabError, PLUGINS, brief, cannot_read, import_torchvision, project_root, runs_folder, unknown)
 from .run import list_runs, run_state
 from .track import resolve_artifact
 from .data import normalize, pixel_constants
@@ -26,24 +27,28 @@ __all__ = ['CHECKPOINT_KEYS', 'RUN_FILES', 'PUBLISHED', 'load_checkpoint', 'expl
 CHECKPOINT_KEYS = ("model", "ema", "optimizer", "task", "rng", "config", "factory", "kwargs", "step", "epoch",
                    "metrics")
 
+# %% ../nbs/11_checkpoints.ipynb #daf0efa7
+_PARTS = dict(model=dict, ema=(dict, type(None)), optimizer=(dict, type(None)), task=(dict, type(None)),
+              config=(dict, type(None)), factory=str, kwargs=dict, step=int, metrics=(dict, type(None)))
+
 # %% ../nbs/11_checkpoints.ipynb #21892b61
 def _read(path: Path):
     "Whatever a file holds; nothing in it runs."
     damaged = LabError(f"checkpoint {path} is truncated, damaged, or was not written by this package; "
                        "use another of the run's checkpoints")
     try:
-        if not zipfile.is_zipfile(path): raise damaged
-        with zipfile.ZipFile(path) as file:
-            if file.testzip(): raise damaged
+        with open(path, "rb") as content:  # is_zipfile would take a file that may not be opened for a damaged one
+            if not zipfile.is_zipfile(content): raise damaged
+            with zipfile.ZipFile(content) as file:
+                if file.testzip(): raise damaged
         return torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as e:
         found = re.search(r"GLOBAL ([\w.]+)", str(e))
         raise LabError(f"checkpoint {path} holds more than tensors and plain values"
                        f"{f' ({found[1]})' if found else ''}; refused, nothing in it was run") from None
-    except OSError as e:
-        raise LabError(f"cannot read checkpoint {path} ({e.strerror or e}); check its permissions") from None
-    except (LabError, MemoryError): raise
-    except Exception: raise damaged from None  # a broken zip or pickle can fail in any way
+    except LabError: raise
+    except Exception as e:  # a broken zip or pickle can fail in any way
+        raise cannot_read(path, e) or damaged from None
 
 # %% ../nbs/11_checkpoints.ipynb #de958bc9
 def load_checkpoint(path: str | Path) -> dict:
@@ -54,9 +59,14 @@ def load_checkpoint(path: str | Path) -> dict:
                        "give a .pt file that a run wrote")
     checkpoint = _read(path)
     missing = [k for k in CHECKPOINT_KEYS if not isinstance(checkpoint, dict) or k not in checkpoint]
-    if not missing: return checkpoint
-    raise LabError(f"{path} is not a checkpoint of this package: {', '.join(missing)} missing; "
-                   "give a .pt file that a run wrote")
+    if missing:
+        raise LabError(f"{path} is not a checkpoint of this package: {', '.join(missing)} missing; "
+                       "give a .pt file that a run wrote")
+    for key, kinds in _PARTS.items():
+        if not isinstance(checkpoint[key], kinds) or isinstance(checkpoint[key], bool):
+            raise LabError(f"checkpoint {path}: its {key} is {brief(checkpoint[key])}, which no run writes; "
+                           "use another of the run's checkpoints")
+    return checkpoint
 
 # %% ../nbs/11_checkpoints.ipynb #7c3733fb
 @contextlib.contextmanager

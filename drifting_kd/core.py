@@ -5,7 +5,7 @@
 # %% ../nbs/00_core.ipynb #1e920999
 from __future__ import annotations
 import contextlib, dataclasses, datetime, difflib, errno, functools, hashlib, importlib, importlib.metadata
-import importlib.util, json, math, os, platform, random, re, subprocess, sys, threading, types, warnings
+import importlib.util, json, math, os, platform, random, re, stat, subprocess, sys, threading, types, warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from fastcore.basics import patch
@@ -13,10 +13,10 @@ from fastcore.basics import patch
 # %% auto #0
 __all__ = ['SCHEMA', 'DETERMINISTIC', 'PLUGINS', 'RESERVED', 'TRACKERS', 'PACKAGES', 'LabError', 'brief', 'unknown', 'refuses',
            'project_root', 'runs_folder', 'working_folder', 'environ', 'plain', 'atomic_write', 'writable_folder',
-           'write_json', 'read_json', 'mix', 'generator', 'seed_everything', 'same_determinism', 'exact_fp32',
-           'choose_device', 'import_torchvision', 'need', 'split_words', 'Plugin', 'find_plugin', 'plugin_words',
-           'load_plugins', 'param', 'check_value', 'Parameters', 'check_run_name', 'Config', 'watch_parameters',
-           'git_state', 'environment', 'launched', 'leave_at_exit']
+           'write_json', 'cannot_read', 'read_text', 'parse_json', 'read_json', 'mix', 'generator', 'seed_everything',
+           'same_determinism', 'exact_fp32', 'choose_device', 'import_torchvision', 'need', 'split_words', 'Plugin',
+           'find_plugin', 'plugin_words', 'load_plugins', 'param', 'check_value', 'Parameters', 'check_run_name',
+           'Config', 'watch_parameters', 'git_state', 'environment', 'launched', 'leave_at_exit']
 
 # %% ../nbs/00_core.ipynb #411a5fdb
 SCHEMA = 1  # version of every JSON file a run writes
@@ -168,17 +168,48 @@ def write_json(path: str | Path, content: dict) -> None:
     text = json.dumps({"schema": SCHEMA, **plain(content)}, indent=1, allow_nan=False)
     with atomic_write(path, "w") as f: f.write(text + "\n")
 
+# %% ../nbs/00_core.ipynb #ce363e2b
+def cannot_read(path: str | Path, e: BaseException) -> LabError | None:
+    "The error for a file that could not be read at all; None where its content is the cause."
+    if isinstance(e, MemoryError) or isinstance(e, RuntimeError) and "allocate memory" in str(e):
+        words = (str(e).strip().splitlines() or ["no more of it"])[0][:150]
+        return LabError(f"cannot read {path}: too little memory ({words}); free some, or restore the file "
+                        "if it should not be that large")
+    if isinstance(e, OSError) and e.errno not in (None, errno.EINVAL):  # EINVAL: a place in a damaged file
+        return LabError(f"cannot read {path} ({e.strerror}); the file itself may be sound: mend that, and try again")
+    return None
+
+# %% ../nbs/00_core.ipynb #ab4efabd
+def read_text(path: str | Path, most: int = 2**24) -> str: # bytes
+    "The text of a file, if it is one and no larger than what such a file can be."
+    try:
+        about = os.stat(path)
+        if stat.S_ISDIR(about.st_mode): raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        if not stat.S_ISREG(about.st_mode): raise LabError(f"cannot read {path} (no plain file); put the file there")
+        if about.st_size <= most: return Path(path).read_text(encoding="utf-8")
+    except FileNotFoundError: raise LabError(f"{path} does not exist") from None
+    except UnicodeDecodeError as e: raise LabError(f"cannot read {path} ({e}); restore it") from None
+    except (OSError, MemoryError) as e: raise cannot_read(path, e) from None
+    raise LabError(f"{path} has {about.st_size:,} bytes, expected at most {most:,}; restore it")
+
+# %% ../nbs/00_core.ipynb #bf5ffe39
+def _int64(digits: str) -> int:
+    if len(digits) <= 20 and -2**63 <= (n := int(digits)) < 2**63: return n
+    raise ValueError(f"a number of {len(digits):,} digits")
+
+def parse_json(text: str):
+    "JSON as this package writes it, with whole numbers of 64 bits and nothing too deep; else a ValueError."
+    try: return json.loads(text, parse_int=_int64)
+    except RecursionError: raise ValueError("too many lists or objects in one another") from None
+
 # %% ../nbs/00_core.ipynb #0d78f22b
 def read_json(path: str | Path) -> dict:
     "Read a JSON object; a missing or broken file is one clear error."
-    try: found = json.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError: raise LabError(f"{path} does not exist") from None
-    except OSError as e:
-        raise LabError(f"cannot read {path} ({e.strerror}); expected a file that can be read") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as e:
-        raise LabError(f"{path} is not valid JSON ({e}); delete it or restore it") from None
+    try: found = parse_json(read_text(path))
+    except LabError: raise
+    except ValueError as e: raise LabError(f"{path} is not valid JSON ({str(e)[:150]}); restore it") from None
     if isinstance(found, dict): return found
-    raise LabError(f"{path} holds a JSON {type(found).__name__}, expected an object; delete it or restore it")
+    raise LabError(f"{path} holds a JSON {type(found).__name__}, expected an object; restore it")
 
 # %% ../nbs/00_core.ipynb #b7fbc6d2
 def mix(*numbers: int) -> int:

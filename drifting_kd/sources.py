@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from .core import LabError, import_torchvision, mix, need, project_root, unknown
+from .core import LabError, cannot_read, import_torchvision, mix, need, project_root, unknown
 
 # %% auto #0
 __all__ = ['SHAPES', 'PAINTS', 'MD5', 'TIMEOUT', 'CIFAR10_CLASSES', 'CIFAR100_CLASSES', 'KNOWN', 'TINY', 'IMAGENET_TERMS',
@@ -287,7 +287,7 @@ MD5 = {  # of the unpacked official files
 def _broken(path, what: str) -> LabError:
     "The error for a file that is not what it should be."
     return LabError(f"{path} is damaged or not what it should be: {what}; "
-                    "delete it and load again, or put a sound copy there")
+                    "put a sound copy there, or move it away and load again")
 
 # %% ../nbs/04_sources.ipynb #98bf8a79
 def _verified(path: Path) -> bytes:
@@ -385,7 +385,8 @@ def _cifar_part(path: Path, label: str, classes: int) -> tuple[np.ndarray, np.nd
         entry = _ArraysOnly(io.BytesIO(_verified(path)), encoding="latin1").load()
         x, y = entry["data"], np.asarray(entry[label])
     except LabError: raise
-    except Exception as e: raise _broken(path, f"{type(e).__name__}: {e}") from None  # a pickle can fail in any way
+    except Exception as e:  # a pickle can fail in any way
+        raise cannot_read(path, e) or _broken(path, f"{type(e).__name__}: {e}") from None
     if not isinstance(x, np.ndarray) or x.dtype != np.uint8 or x.ndim != 2 or x.shape[1] != 3072:
         raise _broken(path, "no uint8 array [N, 3072] of images")
     if y.ndim != 1 or not np.issubdtype(y.dtype, np.integer):
@@ -476,8 +477,9 @@ def load_array(path: Path) -> dict[str, np.ndarray] | np.ndarray:
             found = np.load(f, allow_pickle=False)
             return {k: found[k] for k in found.files} if hasattr(found, "files") else found
     except FileNotFoundError: raise LabError(f"{path} does not exist") from None
-    except Exception as e:  # zip, zlib, header and shape errors
-        raise _broken(path, f"{type(e).__name__}: {_first_line(e) or 'empty'}") from None
+    except Exception as e:  # zip, zlib, header and shape errors, unless the system would not hand it out
+        damaged = _broken(path, f"{type(e).__name__}: {_first_line(e) or 'empty'}")
+        raise cannot_read(path, e) or damaged from None
 
 # %% ../nbs/04_sources.ipynb #95f8c23a
 KNOWN = {  # classes, source and licence of files that are known by their name
@@ -509,7 +511,7 @@ def _decode_files(files: list[Path]) -> np.ndarray:
     def one(f):
         try:
             with Image.open(f) as image: pixels = np.asarray(image.convert("RGB"))
-        except Exception as e: raise _broken(f, f"{type(e).__name__}: {e}") from None
+        except Exception as e: raise cannot_read(f, e) or _broken(f, f"{type(e).__name__}: {e}") from None
         if pixels.shape != (64, 64, 3):
             raise _broken(f, f"{pixels.shape[1]} x {pixels.shape[0]} pixels, expected 64 x 64")
         return pixels
@@ -536,7 +538,7 @@ def _tiny_train(folder: Path) -> tuple[list[str], list[Path]]:
 def _tiny_notes(notes: Path, names: list[str]) -> list:
     "File and class folder of each test image."
     try: pairs = [line.split("\t")[:2] for line in notes.read_text().splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as e: raise _broken(notes, str(e)) from None
+    except (OSError, UnicodeDecodeError) as e: raise cannot_read(notes, e) or _broken(notes, str(e)) from None
     if len(pairs) == TINY["test"] and all(len(p) == 2 and p[1] in names for p in pairs): return pairs
     raise _broken(notes, f"{len(pairs)} lines, expected {TINY['test']} of: file, class folder")
 

@@ -11,7 +11,7 @@ import torch
 from fastcore.basics import patch
 from torch import nn
 from .core import (
-    LabError, choose_device, launched, leave_at_exit, mix, plain, read_json, unknown, write_json)
+    LabError, brief, choose_device, launched, leave_at_exit, mix, plain, read_json, unknown, write_json)
 from .run import Run
 from .track import start_tracker
 from .sources import load_array
@@ -352,7 +352,7 @@ def _window_state(self: Loop) -> dict:
     epoch = dict(sums=self.epoch_sums, begun=self.epoch_from)
     return dict(sums=self.sums, epoch=epoch, squares=self.squares, count=self.count, best=self.best.found,
                 since_best=self.best.since, seconds=self.clock.read(), scaler=self.scaler.state_dict(),
-                processes=self.world)
+                processes=self.world, data=self.images)
 
 # %% ../nbs/32_train.ipynb #05a5695c
 @patch
@@ -394,6 +394,27 @@ def register(self: Loop, aliases: tuple = ("best", "latest")) -> None:
         path = self.run.path / "checkpoints" / f"{files[alias]}.pt"
         if self.tracker and path.exists(): self.tracker.artifact(path, f"model-{self.run.name}", (alias,))
 
+# %% ../nbs/32_train.ipynb #52d76487
+@patch(as_prop=True)
+def images(self: Loop) -> dict:
+    "Hashes of the images and of their split; nothing for a task without a data set."
+    if "_images" not in self.__dict__:
+        data = getattr(self.task, "data", None)
+        self._images = dict(sha256=data.sha256, splits=splits_hash(data)) if data else {}
+    return self._images
+
+# %% ../nbs/32_train.ipynb #58aff324
+@patch
+def other_images(self: Loop) -> LabError:
+    return LabError(f"run {self.run.name} was started on other images called {self.task.data.name}, or on another "
+                    "split of them; restore them, or start a new run")
+
+# %% ../nbs/32_train.ipynb #8e0f941a
+@patch
+def strange(self: Loop, path: Path, part: str, why: str) -> LabError:
+    return LabError(f"checkpoint {path}: its {part} is not as this run writes it ({why}); "
+                    "use another of the run's checkpoints")
+
 # %% ../nbs/32_train.ipynb #3c09ac28
 @patch
 def _check_continues(self: Loop, path: Path, c: dict) -> None:
@@ -401,10 +422,13 @@ def _check_continues(self: Loop, path: Path, c: dict) -> None:
     if c["optimizer"] is None or "loop" not in c:
         raise LabError(f"checkpoint {path} holds weights only, as final_model.pt does, and nothing to continue from; "
                        "use another of the run's checkpoints")
-    there = c["config"]
-    other = [f"{k} (there {there.get(k)!r}, here {v!r})" for k, v in self.cfg.identity().items() if there.get(k) != v]
+    other = self.cfg.differs(c["config"] or {})
     if other: raise LabError(f"checkpoint {path} is of another run: {'; '.join(other)}; use one of this run's")
-    processes = c["loop"].get("processes", self.world)
+    images = (c["loop"].get("data") if isinstance(c["loop"], dict) else None) or {}
+    if not isinstance(images, dict): raise self.strange(path, "loop", f"data is {brief(images)}")
+    known = dict(sha256=(c["task"] or {}).get("data_sha256")) | images
+    if any(known.get(k) not in (None, v) for k, v in self.images.items()): raise self.other_images()
+    processes = c["loop"].get("processes", self.world) if isinstance(c["loop"], dict) else self.world
     if processes != self.world:
         raise LabError(f"run {self.run.name} was trained by {processes} processes and here there are {self.world}; "
                        "start as many, or a new run")
@@ -420,10 +444,54 @@ def _load(self: Loop, path: Path, c: dict) -> None:
         self.task.load_state(c["task"]["state"])
         if c["loop"]["scaler"]: self.scaler.load_state_dict(c["loop"]["scaler"])
     except LabError: raise
-    except (RuntimeError, ValueError, TypeError, KeyError, AttributeError) as e:
+    except (RuntimeError, ValueError, TypeError, KeyError, AttributeError, IndexError) as e:
         raise LabError(f"checkpoint {path} does not fit this network and optimiser ({' '.join(str(e).split())[:200]}); "
                        "use one of this run's, made by this version") from None
-    set_random_state(c["rng"])
+    try: set_random_state(c["rng"])
+    except Exception as e:  # whatever stands there instead
+        raise self.strange(path, "rng", ' '.join(str(e).split())[:100]) from None
+
+# %% ../nbs/32_train.ipynb #f9b8bed5
+def _plain_numbers(metrics) -> bool:
+    "Are these metrics as a run's summary has them? Words and lists may stand beside them."
+    named = isinstance(metrics, dict) and all(isinstance(k, str) for k in metrics)
+    return named and all(v is None or isinstance(v, (int, float)) for k, v in metrics.items() if "/" in k)
+
+# %% ../nbs/32_train.ipynb #d7740877
+@patch
+def _check_parts(self: Loop, path: Path, c: dict) -> None:
+    "Refuse a checkpoint whose step, loop or metrics no run like this one writes."
+    step, loop, due = c["step"], c["loop"], self.cadence
+    if not (0 < step <= due.total and due.saves(step)) or c["epoch"] != step // due.epoch:
+        raise self.strange(path, "step", f"{step}, in epoch {brief(c['epoch'])}, where this training of {due.total} "
+                           "steps saves none")
+    if not _plain_numbers(c["metrics"]): raise self.strange(path, "metrics", "expected names and numbers")
+    def whole(v, most): return type(v) is int and 0 <= v <= most
+    def sums(v): return isinstance(v, dict) and all(torch.is_tensor(x) and not x.ndim for x in v.values())
+    try:
+        best, seconds, epoch = loop["best"], loop["seconds"], loop.get("epoch", dict(sums={}, begun=step))
+        right = dict(
+            sums=sums(loop["sums"]), count=loop["count"] == (0 if due.logs(step) else step % due.log_every),
+            epoch=sums(epoch["sums"]) and whole(epoch["begun"], step), scaler=isinstance(loop["scaler"], dict),
+            best=best is None or whole(best["step"], step) and due.evaluates(best["step"])
+            and math.isfinite(best["value"]), since_best=whole(loop["since_best"], step),
+            seconds=len(seconds) == 2 and all(math.isfinite(s) and s >= 0 for s in seconds))
+    except (KeyError, TypeError, AttributeError, IndexError) as e:
+        raise self.strange(path, "loop", f"{type(e).__name__} {e}"[:100]) from None
+    if wrong := [name for name, good in right.items() if not good]: raise self.strange(path, "loop", ", ".join(wrong))
+
+# %% ../nbs/32_train.ipynb #1920f39b
+@patch
+def _take_up(self: Loop, loop: dict, step: int, metrics: dict) -> None:
+    "The loop's part of a checkpoint."
+    def here(sums): return {k: v.to(self.device) for k, v in sums.items()}
+    self.sums, self.count = here(loop["sums"]), loop["count"]
+    if torch.is_tensor(loop.get("squares")): self.squares = loop["squares"].to(self.device)
+    elif self.count: self.squares = math.nan  # layer_norms was off: the window has begun without it
+    self.step, self.last_metrics, self.clock.before = step, metrics, tuple(loop["seconds"])
+    epoch = loop.get("epoch", dict(sums={}, begun=step))  # an earlier version kept none
+    self.epoch_sums, self.epoch_from = here(epoch["sums"]), epoch["begun"]
+    self.best.found, self.best.since = loop["best"], loop["since_best"]
 
 # %% ../nbs/32_train.ipynb #9dacdc12
 @patch
@@ -433,15 +501,9 @@ def restore(self: Loop) -> None:
     if not path.exists(): return self.run.truncate(-1)  # killed before its first checkpoint
     c = load_checkpoint(path)
     self._check_continues(path, c)
+    self._check_parts(path, c)
     self._load(path, c)
-    loop = c["loop"]
-    self.sums, self.count = {k: v.to(self.device) for k, v in loop["sums"].items()}, loop["count"]
-    if torch.is_tensor(loop.get("squares")): self.squares = loop["squares"].to(self.device)
-    elif self.count: self.squares = math.nan  # layer_norms was off: the window has begun without it
-    self.step, self.last_metrics, self.clock.before = c["step"], c["metrics"], loop["seconds"]
-    epoch = loop.get("epoch", dict(sums={}, begun=self.step))  # an earlier version kept none
-    self.epoch_sums, self.epoch_from = {k: v.to(self.device) for k, v in epoch["sums"].items()}, epoch["begun"]
-    self.best.found, self.best.since = loop["best"], loop["since_best"]
+    self._take_up(c["loop"], c["step"], c["metrics"])
     self.run.truncate(self.step)
     if self.rank: return
     print(f"continuing {self.run.name} after step {self.step:,} of {self.cadence.total:,}")
@@ -561,16 +623,17 @@ def finish(self: Loop) -> dict:
 
 # %% ../nbs/32_train.ipynb #425dc5a9
 @patch
-def record_splits(self: Loop) -> None:
-    "Write splits.npz, or compare with it."
-    path, data = self.run.path / "splits.npz", self.task.data
-    if not (self.run.resumed and path.exists()): return save_splits(path, data)
-    saved = load_array(path)
-    if not isinstance(saved, dict) or not {"hash", "sha256"} <= set(saved):
+def check_splits(self: Loop) -> None:
+    "Compare splits.npz with the images; where it is gone, the checkpoint says whether they are the same."
+    path = self.run.path / "splits.npz"
+    if self.rank or not self.images or not path.exists(): return
+    data = self.task.data
+    saved, parts = load_array(path), ("train", "val", "test")
+    if not isinstance(saved, dict) or not {"hash", "sha256", *parts} <= set(saved):
         raise LabError(f"{path} is not as a run writes it; restore it, or start a new run")
-    if (str(saved["hash"]), str(saved["sha256"])) != (splits_hash(data), data.sha256):
-        raise LabError(f"run {self.run.name} was started on other images called {data.name}; "
-                       "restore them, or start a new run")
+    if (str(saved["hash"]), str(saved["sha256"])) != (splits_hash(data), data.sha256): raise self.other_images()
+    if not all(np.array_equal(saved[part], getattr(data, part).indices.numpy()) for part in parts):
+        raise LabError(f"{path} was edited: its indices are not those of its hash; restore it, or start a new run")
 
 # %% ../nbs/32_train.ipynb #8fdff479
 @patch
@@ -625,13 +688,16 @@ DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errn
 def go(self: Loop) -> dict:
     "Train from start to end, or from where the run was broken off."
     resolved = self.resolved()
-    if self.run.resumed: self.restore()
+    if self.run.resumed:
+        self.check_splits()
+        self.restore()
     self.clock.start()
     self.task.net = self._wrapped()
     self.tracker = self._tracker(resolved) if self.rank == 0 else None
     self.bar = progress_bar(self.cadence.total, self.step) if self.rank == 0 else None
     try:
-        if self.rank == 0 and hasattr(self.task, "data"): self.record_splits()
+        splits = self.run.path / "splits.npz"
+        if self.rank == 0 and self.images and not splits.exists(): save_splits(splits, self.task.data)
         if self.tracker: self.attach()
         self.train()
         return self.finish()
