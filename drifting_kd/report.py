@@ -11,7 +11,7 @@ import numpy as np
 from .core import (
     Config, LabError, Parameters, check_run_name, git_state, param, project_root, read_json, runs_folder,
     split_words, unknown, writable_folder, write_json)
-from .run import read_metrics, run_state
+from .run import read_environment, read_metrics, run_state
 from .metrics import direction_of, first_reach, holm, overlapping, sign_flip, t_interval
 from .plots import metric_words, save_figure
 
@@ -52,7 +52,7 @@ def _read_splits(path: Path) -> dict:
 # %% ../nbs/35_report.ipynb #f28e2273
 def read_record(path: Path) -> Record:
     "The record of a finished run's folder."
-    files = (read_json(path / f"{name}.json") for name in ("config", "metrics", "environment"))
+    files = *(read_json(path / f"{name}.json") for name in ("config", "metrics")), read_environment(path)
     data = _read_splits(path / "splits.npz")
     return Record(path.name, path, *files, data)
 

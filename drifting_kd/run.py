@@ -9,11 +9,12 @@ from pathlib import Path
 from fastcore.basics import patch
 from filelock import FileLock, Timeout
 from .core import (
-    Config, LabError, PLUGINS, SCHEMA, atomic_write, environment, launched, plain, read_json, runs_folder,
-    writable_folder, write_json)
+    Config, LabError, PLUGINS, SCHEMA, atomic_write, brief, environment, launched, parse_json, plain, read_json,
+    read_text, runs_folder, writable_folder, write_json)
 
 # %% auto #0
-__all__ = ['try_lock', 'holder', 'locked', 'Run', 'run_state', 'is_held', 'default_name', 'read_metrics', 'list_runs', 'once']
+__all__ = ['MOST_METRICS', 'try_lock', 'holder', 'locked', 'lock_folder', 'folder_held', 'Hold', 'Run', 'run_state', 'is_held',
+           'default_name', 'read_environment', 'read_metrics', 'list_runs', 'once']
 
 # %% ../nbs/01_run.ipynb #a54250cc
 def try_lock(path: Path) -> FileLock | None:
@@ -52,6 +53,38 @@ def locked(path: Path,           # a file for the lock; its folder is made
     try: yield
     finally: lock.release()
 
+# %% ../nbs/01_run.ipynb #c3bbe022
+def lock_folder(path: Path) -> int | None: # a descriptor that holds the lock while it is open
+    "A lock on a folder; None where another process has it, -1 where there is no such lock."
+    try: import fcntl
+    except ImportError: return -1  # Windows
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return handle
+    except OSError as e:
+        os.close(handle)
+        return None if isinstance(e, BlockingIOError) else -1
+
+# %% ../nbs/01_run.ipynb #c2de9955
+def folder_held(path: Path) -> bool:
+    "Does another process hold the folder? Looking takes a moment in which it is held."
+    try: handle = lock_folder(path)
+    except FileNotFoundError: return False
+    if handle is None: return True
+    if handle >= 0: os.close(handle)
+    return False
+
+# %% ../nbs/01_run.ipynb #2ae11cc6
+class Hold:
+    "What a process holds of a run: the lock file and the folder."
+    def __init__(self, lock: FileLock, folder: int): self.lock, self.folder = lock, folder
+
+    def release(self) -> None:
+        self.lock.release()
+        if self.folder >= 0: os.close(self.folder)
+        self.folder = -1
+
 # %% ../nbs/01_run.ipynb #004c0f42
 class Run:
     "One folder under `runs/`: made new, or continued with `cfg.resume`."
@@ -81,9 +114,10 @@ class Run:
 def run_state(path: Path) -> str:
     "`finished`, `running` (a live process holds it) or `stopped` (killed, failed or interrupted)."
     if (path / "metrics.json").exists(): return "finished"
-    if not (path / ".lock").exists(): return "stopped"
     if str(path) in Run.held: return "running"
-    return "running" if is_held(path / ".lock") else "stopped"
+    try: held = folder_held(path) or (path / ".lock").exists() and is_held(path / ".lock")
+    except OSError as e: raise LabError(f"{path / '.lock'} is no lock ({e.strerror or e}); move it away") from None
+    return "running" if held else "stopped"
 
 # %% ../nbs/01_run.ipynb #88897526
 def is_held(path: Path) -> bool:
@@ -139,12 +173,14 @@ def _create(self: Run, folder: Path) -> Path:
 def _take_lock(self: Run) -> None:
     if old := Run.held.pop(str(self.path), None): old.release()
     for _ in range(20):  # somebody may be looking (`run_state`) at this very moment
-        if lock := try_lock(self.path / ".lock"): break
+        if (folder := lock_folder(self.path)) is not None:
+            if lock := try_lock(self.path / ".lock"): break
+            if folder >= 0: os.close(folder)
         time.sleep(0.05)
     else:
         raise LabError(f"run {self.name} is being written by {holder(self.path / '.lock')}; "
                        "wait for it, stop it, or use another run_name")
-    Run.held[str(self.path)] = lock
+    Run.held[str(self.path)] = Hold(lock, folder)
 
 # %% ../nbs/01_run.ipynb #8d1a179d
 @patch
@@ -171,12 +207,22 @@ def _begin(self: Run) -> None:
     content = self.cfg.record() | {"run_name": self.name}
     write_json(self.path / "config.json", dict(kind=self.kind, hash=self.cfg.hash(), **content))
 
+# %% ../nbs/01_run.ipynb #3db28b37
+def read_environment(path: Path) -> dict: # of a run
+    "A run's environment.json; strange parts are one clear error."
+    found = read_json(path / "environment.json")
+    for key, kind in dict(continued=list, packages=dict, resolved=dict, git=dict, gpus=list).items():
+        if not isinstance(found.get(key, kind()), kind):
+            raise LabError(f"{path / 'environment.json'}: {key} is {brief(found[key])}, expected a {kind.__name__}; "
+                           "restore it, or start a new run")
+    return found
+
 # %% ../nbs/01_run.ipynb #38df0856
 @patch
 def _continue(self: Run, here: dict) -> None:
     "Note in environment.json where the run goes on, and warn where its last bits will differ."
     for part in self.path.rglob(".*.part"): part.unlink()  # what a kill left half-written
-    there = read_json(self.path / "environment.json")
+    there = read_environment(self.path)
     write_json(self.path / "environment.json", there | {"continued": [*there.get("continued", []), here]})
     def facts(e): return dict(e, torch=e.get("packages", {}).get("torch"))
     then, now = facts(there), facts(here)
@@ -193,9 +239,9 @@ def _find(self: Run, folder: Path) -> Path | None:
     def free(p): return run_state(p) == "stopped" or str(p) in Run.held
     saved = {}
     for config in folder.glob("*/config.json"):
-        if free(config.parent):
-            with contextlib.suppress(LabError):  # another run's damaged file must not stop this one
-                saved[config.parent] = read_json(config)
+        with contextlib.suppress(LabError):  # another run's damaged file must not stop this one
+            if not free(config.parent): continue
+            saved[config.parent] = read_json(config)
     mine = {p: s for p, s in saved.items() if s.get("kind") == self.kind}
     same = [p for p, s in mine.items() if s.get("hash") == self.cfg.hash() and not (p / "metrics.json").exists()]
     if same: return max(same, key=lambda p: p.stat().st_mtime)
@@ -260,22 +306,22 @@ def close(self: Run) -> None:
     if lock := Run.held.pop(str(self.path), None): lock.release()
 
 # %% ../nbs/01_run.ipynb #1592ffb8
+MOST_METRICS = 2**30  # bytes of a metrics.jsonl
+
 def read_metrics(path: str | Path) -> list[dict]:
     "The lines of a run's metrics.jsonl."
     path = Path(path)
     path = path / "metrics.jsonl" if path.is_dir() else path
-    try: lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    except (OSError, UnicodeDecodeError) as e:
-        why = getattr(e, "strerror", None) or e
-        raise LabError(f"cannot read {path} ({why}); restore the file or delete it") from None
-    out = []
-    for i, text in enumerate(lines):
-        try: line = json.loads(text)
-        except json.JSONDecodeError:
+    if not os.path.lexists(path): return []
+    lines, out = read_text(path, MOST_METRICS).removesuffix("\n").split("\n"), []
+    for i, text in enumerate(lines if lines != [""] else []):  # splitlines would break at U+2028, too
+        try: line = parse_json(text)
+        except ValueError as e:
             if i == len(lines) - 1: break
-            raise LabError(f"{path} line {i + 1} is not valid JSON; restore the file or delete that line") from None
-        if not isinstance(line, dict) or not isinstance(line.get("step"), int):
-            raise LabError(f"{path} line {i + 1} is not an object with a step; restore the file or delete that line")
+            raise LabError(f"{path} line {i + 1} is not valid JSON ({str(e)[:80]}); restore the file") from None
+        known = isinstance(line, dict) and type(line.get("step")) is int
+        if not known or not isinstance(line.get("epoch", 0), (int, float)):
+            raise LabError(f"{path} line {i + 1} is not an object with a step and an epoch; restore the file")
         out.append(line)
     return out
 
@@ -297,18 +343,22 @@ def _row(path: Path) -> dict:
     summary = (read_json(path / "metrics.json") if state == "finished" else {}) or last
     files = [path / name for name in ("config.json", "metrics.jsonl", "metrics.json")]
     newest = max(p.stat().st_mtime for p in files if p.exists())
-    return dict(name=path.name, kind=saved.get("kind"), state=state, step=last.get("step", 0),
+    kind = saved.get("kind")
+    return dict(name=path.name, kind=kind if isinstance(kind, str) else "?", state=state, step=last.get("step", 0),
                 epoch=last.get("epoch", 0), metrics={k: v for k, v in summary.items() if "/" in k},
                 age=time.time() - newest, path=path)
 
 # %% ../nbs/01_run.ipynb #5928991e
 def list_runs(folder: Path | None = None) -> list[dict]:
     "Every run, newest first; a damaged one is a row that says what is wrong."
-    rows = []
-    for config in (folder or runs_folder()).glob("*/config.json"):
-        path = config.parent
-        try: rows.append(_row(path))
-        except LabError as e:
+    rows, folder = [], folder or runs_folder()
+    for path in folder.iterdir() if folder.is_dir() else ():
+        dangling = path.is_symlink() and not path.exists()
+        if not dangling and not os.path.lexists(path / "config.json"): continue
+        try:
+            if dangling: raise LabError(f"{path} is a link to nothing; restore its target")
+            rows.append(_row(path))
+        except (LabError, OSError) as e:
             nothing = dict(kind="?", step=0, epoch=0, metrics={}, age=0.0)
             rows.append(dict(name=path.name, state=f"unreadable: {e}", path=path, **nothing))
     return sorted(rows, key=lambda r: r["age"])

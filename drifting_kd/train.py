@@ -12,7 +12,7 @@ from fastcore.basics import patch
 from torch import nn
 from .core import (
     LabError, brief, choose_device, launched, leave_at_exit, mix, plain, read_json, unknown, write_json)
-from .run import Run
+from .run import Run, read_environment
 from .track import start_tracker
 from .sources import load_array
 from .data import save_splits, splits_hash
@@ -640,7 +640,7 @@ def check_splits(self: Loop) -> None:
 def resolved(self: Loop) -> dict:
     "The settings that were left open, as they are; compared with those of the run's start."
     path, data = self.run.path / "environment.json", getattr(self.task, "data", None)
-    record = read_json(path)
+    record = read_environment(self.run.path)
     if self.run.resumed and "resolved" in record:
         then = record["resolved"]
         other = [f"{k} (then {then.get(k)}, now {v})" for k, v in self.settings.items() if then.get(k) != v]
@@ -681,9 +681,22 @@ def attach(self: Loop) -> None:
         if (path := self.run.path / name).exists(): self.tracker.file(path)
     if self.run.resumed: self.register()
 
-# %% ../nbs/32_train.ipynb #af1895f0
+# %% ../nbs/32_train.ipynb #4b950505
 DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO)
 
+@patch
+def _explain(self: Loop, e: OSError) -> None:
+    "Raise the one line for a disk that takes no more, or for a folder that somebody took away."
+    path = self.run.path
+    if e.errno in DISK:
+        raise LabError(f"cannot write to {path} ({e.strerror or e}); what was checkpointed is intact: "
+                       "free the disk, then continue with resume=True") from e
+    gone = next((p for p in reversed(Path(e.filename or "").parents) if not p.exists()), None)  # the outermost
+    if e.errno == errno.ENOENT and gone is not None and gone.is_relative_to(path):
+        raise LabError(f"{gone} was removed while the run was being written; start the run anew, "
+                       "and leave its folder alone while it trains") from e
+
+# %% ../nbs/32_train.ipynb #af1895f0
 @patch
 def go(self: Loop) -> dict:
     "Train from start to end, or from where the run was broken off."
@@ -702,9 +715,8 @@ def go(self: Loop) -> dict:
         self.train()
         return self.finish()
     except OSError as e:
-        if e.errno not in DISK: raise  # the task's own
-        raise LabError(f"cannot write to {self.run.path} ({e.strerror or e}); what was checkpointed is intact: "
-                       "free the disk, then continue with resume=True") from e
+        self._explain(e)
+        raise  # the task's own
     finally:
         if self.bar is not None: self.bar.close()
         if self.tracker: self.tracker.finish()

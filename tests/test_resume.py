@@ -1,7 +1,7 @@
 "Killed at any moment and resumed: the same bits as the uninterrupted run. Real processes, real SIGKILL."
-import json, random, signal, subprocess, time
+import json, os, random, shutil, signal, subprocess, sys, time
 import pytest
-from conftest import losses, same_weights, train
+from conftest import ROOT, TINY, losses, same_weights, train
 
 HARD = dict(optimizer="adamw", ema_decay=0.9, grad_clip=1.0, epochs=6, log_every=4, save_every=1)
 
@@ -102,3 +102,59 @@ def test_a_running_run_is_left_alone(lab):
     finally:
         process.kill()
         process.wait()
+
+
+DIE_AFTER = """
+import os, drifting_kd.classify as t
+def die(self, step): step == {step} and os._exit(9)
+t.Classify.after_step = die
+"""
+SLOW = "import time, drifting_kd.classify as t; t.Classify.after_step = lambda self, step: time.sleep(.2)"
+
+@pytest.mark.parametrize("gone", ["", "checkpoints"])
+def test_a_folder_that_is_removed_in_mid_run_is_one_line(lab, gone):
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "tests/train_once.py", json.dumps(TINY | dict(run_name="lost", eval_every=3)), SLOW],
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    while not (lab / "runs/lost/metrics.jsonl").exists(): time.sleep(0.05)
+    shutil.rmtree(lab / "runs/lost" / gone)
+    told = process.communicate(timeout=100)[1].splitlines()
+    assert process.returncode == 1 and len(told) == 1, told
+    assert f"{(lab / 'runs/lost' / gone)} was removed while the run was being written" in told[0]
+
+def test_a_deleted_lock_lets_nobody_in(lab):
+    process = train(SLOW, wait=False, run_name="busy")
+    try:
+        while not (lab / "runs/busy/metrics.jsonl").exists(): time.sleep(0.05)
+        (lab / "runs/busy/.lock").unlink()
+        second = train(run_name="busy", resume=True)
+        assert second.returncode == 1 and "is being written by another process" in second.stderr, second.stderr
+        rows = subprocess.run([sys.executable, "-m", "drifting_kd.cli", "runs"], capture_output=True, text=True)
+        assert "running" in rows.stdout
+    finally:
+        process.kill()
+        process.wait()
+
+@pytest.mark.parametrize("part", ["[]", dict(continued="x"), dict(packages=None), dict(resolved=[]), dict(git=3)])
+def test_a_strange_environment_is_one_line(lab, part):
+    train(DIE_AFTER.format(step=13), run_name="strange")
+    path = lab / "runs/strange/environment.json"
+    path.write_text(part if isinstance(part, str) else json.dumps(json.loads(path.read_text()) | part))
+    done = train(run_name="strange", resume=True)
+    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1, done.stderr
+    assert "environment.json" in done.stderr and "restore it" in done.stderr
+
+def test_resume_takes_the_newest_of_two_unfinished_runs(lab):
+    for _ in range(2): train(DIE_AFTER.format(step=13))
+    older, newer = sorted((lab / "runs").glob("*-s42-*"), key=lambda p: len(p.name))
+    for path, then in ((newer, 2_000_000_000), (older, 1_900_000_000)): os.utime(path, (then, then))
+    assert train(resume=True).returncode == 0
+    assert ((newer / "metrics.json").exists(), (older / "metrics.json").exists()) == (True, False)
+
+def test_resumed_inside_an_epoch_of_groups(lab):
+    settings = dict(accumulation=2, steps=9, save_every=2, eval_every=9, epochs=1)  # three groups an epoch
+    assert train(run_name="whole", **settings).returncode == 0
+    train(DIE_AFTER.format(step=4), run_name="killed", **settings)
+    assert train(run_name="killed", resume=True, **settings).returncode == 0
+    whole, killed = lab / "runs/whole", lab / "runs/killed"
+    assert same_weights(whole, killed) and losses(whole) == losses(killed)
