@@ -61,6 +61,21 @@ def test_drift(bench):
     found = bench("drift", "--threads", 1, SIZES={"small": (2, 16, 8, 1)}, MEMORY={"small": (64, 8, 0)})
     assert found["threads_1"]["small"]["relative_difference"] < 1e-4 and "extra_megabytes" in found["memory"]["small"]
 
+def on_cpu(bench, images: int, *names: str) -> dict:
+    "What these measurements of gpu.py find on a CPU."
+    return bench("gpu", "--device", "cpu", "--epochs", 1, "--images", images, "--only", *names)
+
+def test_gpu(bench):
+    found = on_cpu(bench, 400, "drift", "drift_step")
+    assert found["drift"]["sizes"] and found["drift_step"]["mlp_wide"]["ms"] > 0 and len(found["aims"]) == 6
+
+@pytest.mark.slow
+def test_nearly_all_of_gpu(bench):
+    "All but `evaluation`, which looks at 400 images through Inception: a minute and a half without a GPU."
+    names = "training", "determinism", "overhead", "optimizers", "distillation"
+    found = on_cpu(bench, 1000, *names)
+    assert all("error" not in found[name] for name in names)
+
 def test_pages(monkeypatch, capsys):
     monkeypatch.setattr(sys, "path", [*sys.path])
     monkeypatch.setattr(sys, "argv", ["pages.py", "--by-notebook", "--long"])
