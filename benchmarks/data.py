@@ -1,7 +1,7 @@
 """Images per CPU-second: Batches + normalize beside a torchvision DataLoader that does the same from PIL; and the
 loader's share of a ResNet-8 step.
 
-    python benchmarks/data.py [--repeats 5] [--threads 2] [--out benchmarks/results/data.json]
+    python benchmarks/data.py [--repeats 5] [--threads 2] [--images 45000] [--out benchmarks/results/data.json]
 
 Random images of CIFAR's size; crop with padding 4, mirror, normalise. Both loaders run on one thread in this process,
 in turns, and CPU time is counted, so a busy machine hurts both alike. The step is a forward, backward and SGD step on
@@ -87,10 +87,10 @@ def share(split: Split, threads: int, repeats: int, batch_size: int = 128, steps
     }
 
 def main() -> None:
-    args = asked(__doc__, "data.json", repeats=5, threads=2)  # threads of the training step
+    args = asked(__doc__, "data.json", repeats=5, threads=2, images=45_000)  # threads of the training step
     torch.set_num_threads(1)
     generator = torch.Generator().manual_seed(0)
-    n = 45_000
+    n = args.images
     split = Split(
         torch.randint(0, 256, (n, 32, 32, 3), dtype=torch.uint8, generator=generator),
         torch.randint(0, 10, (n,), generator=generator),
@@ -102,7 +102,7 @@ def main() -> None:
         "what": "images per CPU-second, crop 4 + mirror + normalise, 32x32x3, one thread",
         "repeats": args.repeats,
         "loaders": [loaders(split, b, args.repeats) for b in (128, 512)],
-        "step": share(split, args.threads, args.repeats),
+        "step": share(split, args.threads, args.repeats, steps=min(40, n // 128)),
         "environment": environment(),
     }
     for row in result["loaders"]:

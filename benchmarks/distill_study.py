@@ -31,6 +31,7 @@ PAIRS = [
     ("dkd+ls+ca", "dkd"),  # in more
     *((method, "hinton") for method in ("ca_weighted+uniform", "dynamic", "confidence", "nkd", "dist", "dkd")),
 ]
+KEYS = ("test/accuracy", "test/last_accuracy", "test/auroc", "test/ece", "train_cpu_seconds")
 GATED = ("hinton+confidence", "hinton+confidence_calibrated", "hinton+confidence_crossfit", "dynamic", "confidence")
 
 def name_of(group: str) -> str:
@@ -45,9 +46,13 @@ def name_of(group: str) -> str:
 def read(path: Path) -> tuple[str, dict]:
     "The data set, and for each method its metrics: mean, low, high, n."
     found, rows = read_json(path), {}
+    if not {"tables", "parameters"} <= found.keys():
+        raise LabError(f"{path} is no report; give the JSON that `dkd run report` writes")
     for row in found["tables"]["summary"]: rows.setdefault(name_of(row["group"]), {})[row["metric"]] = row
-    if "test/accuracy" not in next(iter(rows.values())):
-        raise LabError(f"{path}: no test/accuracy; make the report with the keys that the head of this script names")
+    if missing := [key for key in KEYS if not rows or any(key not in row for row in rows.values())]:
+        raise LabError(
+            f"{path}: no {', '.join(missing)}; make the report with the keys that the head of this script names"
+        )
     return re.sub(r"-\*.*|^distill_", "", found["parameters"]["pattern"]), rows
 
 def percent(row: dict) -> str: return f"{100 * row['mean']:.1f} [{100 * row['low']:.1f}, {100 * row['high']:.1f}]"
@@ -65,6 +70,12 @@ def numbers(row: dict) -> list[str]:
 @styled
 def dots(studies: dict) -> Figure:
     "A panel a data set: mean and 95 % interval of the last epoch's test accuracy, best method first."
+    for data, rows in studies.items():
+        if "none" in rows: continue
+        raise LabError(
+            f"{data}: the report has no method none (labels only), which the figure compares with; "
+            "put its runs into the report, or leave the figure out with --figure ''"
+        )
     fig = Picture(figsize=(10, max(3.6, .36 * max(map(len, studies.values())))), layout="constrained")
     for ax, (data, rows) in zip(fig.subplots(1, len(studies), squeeze=False)[0], studies.items()):
         ranked = sorted(rows, key=lambda m: rows[m]["test/last_accuracy"]["mean"])

@@ -121,7 +121,7 @@ def parts(data: Dataset, n: int = 200) -> dict:
             do()
             times.append(1e3 * (time.process_time() - start))
         return statistics.median(times)
-    step = clock(lambda: bare([batch]), 20)
+    step = clock(lambda: bare([batch]), min(n, 20))
     loop.train_step([batch])
     for p in loop.parameters: p.grad = torch.randn_like(p)
     grads = [p.grad for p in loop.parameters]

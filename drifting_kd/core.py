@@ -556,18 +556,43 @@ def refuse(self: watch_parameters, name: str, fields: set) -> None:
 # %% ../nbs/00_core.ipynb #73aab54e
 def _command(*words: str, cwd: Path | None = None) -> str | None:
     "A command's output, or None."
-    try: out = subprocess.run(words, capture_output=True, text=True, timeout=10, cwd=cwd, stdin=subprocess.DEVNULL)
+    told = dict(stdin=subprocess.DEVNULL, capture_output=True, encoding="utf-8", errors="replace")
+    try: out = subprocess.run(words, timeout=10, cwd=cwd, **told)
     except (OSError, subprocess.TimeoutExpired): return None
     return out.stdout.strip() if out.returncode == 0 else None
+
+# %% ../nbs/00_core.ipynb #8d21f6b4
+def _says(notebook: str) -> list | None:
+    "What running and saving leave alone in a notebook: kind, source and tags of its cells. None: it is no notebook."
+    try:
+        cells = [(c["cell_type"], "".join(c["source"]), c["metadata"].get("tags", []))
+                 for c in json.loads(notebook)["cells"]]
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError): return None
+    return [cell for cell in cells if cell[1].strip()]
+
+# %% ../nbs/00_core.ipynb #2fb8d05a
+def _changed(line: str,  # of `git status --porcelain=v2`
+             top: Path,  # of the repository
+            ) -> bool:
+    "Whether it is about more than a notebook that was run and saved."
+    kind, *facts = line.split(" ", 8)
+    if kind != "1" or not line.endswith(".ipynb"): return True
+    committed, _, name = facts[5:]
+    try: now = (top / name).read_text(encoding="utf-8", errors="replace")
+    except OSError: return True  # deleted
+    before = _says(_command("git", "cat-file", "blob", committed, cwd=top) or "")
+    return before is None or before != _says(now)
 
 # %% ../nbs/00_core.ipynb #f290e488
 def git_state(folder: Path | None = None) -> dict:
     "Commit and whether anything but results differs from it; never a remote's address, which can carry a token."
     folder = folder or Path(__file__).parent if "__file__" in globals() else folder
-    commit = _command("git", "rev-parse", "HEAD", cwd=folder)
-    results = (":(top,exclude)figures", ":(top,exclude)benchmarks/results")
-    changed = _command("git", "status", "--porcelain", "--", ":/", *results, cwd=folder) if commit else None
-    return {"commit": commit, "dirty": bool(changed) if changed is not None else None}
+    commit, _, top = (_command("git", "rev-parse", "HEAD", "--show-toplevel", cwd=folder) or "").partition("\n")
+    asked = "git", "status", "--porcelain=v2", "-z", "--no-renames"
+    results = ":(top,exclude)figures", ":(top,exclude)benchmarks/results"
+    lines = _command(*asked, "--", ":/", *results, cwd=folder) if commit else None
+    dirty = None if lines is None else any(_changed(line, Path(top)) for line in lines.split("\0") if line)
+    return {"commit": commit or None, "dirty": dirty}
 
 # %% ../nbs/00_core.ipynb #bbbe6d11
 PACKAGES = ("torch", "torchvision", "numpy", "scipy", "scikit-learn", "accelerate", "timm", "diffusers", "clean-fid",

@@ -1,6 +1,6 @@
 """The repository as a contributor and pip see it: clean and exported, installable from settings.ini, pinned, and free
 of anybody's paths."""
-import importlib.metadata, json, os, re, shutil, subprocess, sys, sysconfig
+import importlib.metadata, importlib.util, json, os, re, shutil, subprocess, sys, sysconfig
 from configparser import ConfigParser
 from pathlib import Path
 import pytest
@@ -63,6 +63,136 @@ def test_the_setting_that_keeps_papermills_tag_matters(copy):
     (copy / "settings.ini").write_text(settings.replace("allowed_cell_metadata_keys = tags\n", ""))
     tool(copy, SCRIPTS / "nbdev_clean")
     assert tags(copy) == []
+
+# ---- git and JupyterLab
+
+def git(folder: Path, *words: str) -> str:
+    own = {k: v for k, v in os.environ.items() if not k.startswith("GIT_")} | {"GIT_CONFIG_GLOBAL": os.devnull}
+    known = "-c user.name=a -c user.email=a@b".split()
+    done = subprocess.run(["git", *known, *words], cwd=folder, env=own, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and "error" not in done.stderr, done.stderr
+    return done.stdout
+
+NOTEBOOKS = "nbs/train.ipynb", "nbs/03_metrics.ipynb"  # an experiment, and one of the library
+CI = ".ci/clean_notebook.py", ".ci/jupyter_server_config.py"
+
+@pytest.fixture
+def clone(tmp_path):
+    "What a clone of this repository has, as far as git and make look at it."
+    origin = tmp_path / "origin"
+    for path in (".gitattributes", ".gitignore", "Makefile", "settings.ini", *CI, *NOTEBOOKS):
+        (origin / path).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(ROOT / path, origin / path)
+    for words in ("init -q", "add -A", "commit -qm first"): git(origin, *words.split())
+    git(tmp_path, "clone", "-q", "origin", "clone")
+    return tmp_path / "clone"
+
+def ask_for_filter(clone: Path, scripts: str | Path = SCRIPTS) -> None: tool(clone, "make", "filter", f"BIN={scripts}")
+
+def ran(path: Path) -> dict:
+    "A notebook after every cell was run, the last one with Shift+Enter: what JupyterLab sends to be saved."
+    import nbformat
+    nb, library = nbformat.read(path, 4), path.name[0].isdigit()
+    nb.cells.append(nbformat.v4.new_code_cell())
+    nb.metadata["kernelspec"]["display_name"] = "Python 3 (ipykernel)"
+    nb.metadata |= dict(language_info=dict(name="python", version="3.11.2")) | ({} if library else dict(widgets={}))
+    for number, cell in enumerate(nb.cells, 1):
+        cell.metadata |= dict(trusted=True, editable=True, execution={"iopub.status.busy": "2026-01-01T00:00:00Z"})
+        if cell.cell_type != "code": continue
+        cell.execution_count = number
+        if not library: cell.outputs += [nbformat.v4.new_output("execute_result", {"text/plain": "1"})]
+        for output in cell.outputs:
+            if output.output_type == "execute_result": output.execution_count = number
+    return nb
+
+def run_and_save(clone: Path, name: str) -> None:
+    "Save with JupyterLab's own means, as `make lab` sets them up."
+    from jupyter_server.services.contents.largefilemanager import LargeFileManager
+    from traitlets.config.loader import PyFileConfigLoader
+    config = PyFileConfigLoader("jupyter_server_config.py", str(clone / ".ci")).load_config()
+    LargeFileManager(config=config, root_dir=str(clone)).save(dict(type="notebook", content=ran(clone / name)), name)
+
+def change_source(path: Path) -> None:
+    nb = json.loads(path.read_text(encoding="utf-8"))
+    next(c for c in nb["cells"] if c["cell_type"] == "code")["source"].insert(0, "1 + 1\n")
+    path.write_text(json.dumps(nb), encoding="utf-8")
+
+@pytest.mark.parametrize("name", NOTEBOOKS)
+def test_running_and_saving_a_notebook_changes_nothing_for_git(clone, name):
+    run_and_save(clone, name)
+    assert git(clone, "status", "--porcelain") == f" M {name}\n"  # so that there is something to clean
+    ask_for_filter(clone)
+    run_and_save(clone, name)
+    assert git(clone, "status", "--porcelain") == git(clone, "diff", "HEAD") == ""
+    assert '"execution_count": 2' in (clone / name).read_text(encoding="utf-8")  # the file is as it was saved
+    change_source(clone / name)
+    assert git(clone, "status", "--porcelain") == f" M {name}\n"
+    lines = git(clone, "diff", "-U0").splitlines()
+    assert [line.strip(" ,+") for line in lines if re.match(r"[+-] ", line)] == [r'"1 + 1\n"']
+
+def test_saving_stages_no_change_and_no_new_notebook(clone):
+    ask_for_filter(clone)
+    change_source(clone / NOTEBOOKS[0])
+    shutil.copyfile(clone / NOTEBOOKS[1], clone / "nbs/new.ipynb")
+    for name in (NOTEBOOKS[0], "nbs/new.ipynb"): run_and_save(clone, name)
+    assert git(clone, "status", "--porcelain") == f" M {NOTEBOOKS[0]}\n?? nbs/new.ipynb\n"
+
+def test_a_new_output_of_the_library_is_a_change(clone):
+    ask_for_filter(clone)
+    path = clone / NOTEBOOKS[1]
+    nb = json.loads(path.read_text(encoding="utf-8"))
+    output = next(o for c in nb["cells"] for o in c.get("outputs", []) if "text" in o or "data" in o)
+    output |= dict(output_type="stream", name="stdout", text=["another\n"])
+    path.write_text(json.dumps(nb), encoding="utf-8")
+    assert git(clone, "status", "--porcelain") == f" M {NOTEBOOKS[1]}\n"
+
+@pytest.mark.parametrize("content", ["<<<<<<< ours\n{}\n=======\n", "[1]", '{"cells": [{}]}', ""])
+def test_git_gets_what_is_no_notebook_as_it_is(clone, content):
+    ask_for_filter(clone)
+    (clone / NOTEBOOKS[0]).write_text(content)
+    git(clone, "add", NOTEBOOKS[0])
+    assert git(clone, "show", f":{NOTEBOOKS[0]}") == content
+
+def test_a_clone_without_environment_works(clone):
+    "Its filter asked for and its .venv gone: git sees files as they are, and says nothing about it."
+    assert git(clone, "status", "--porcelain") == ""
+    ask_for_filter(clone, "gone")
+    run_and_save(clone, NOTEBOOKS[0])
+    assert git(clone, "status", "--porcelain") == f" M {NOTEBOOKS[0]}\n"
+    git(clone, "commit", "-qam", "outputs")
+    git(clone, "checkout", "-q", "HEAD~1")
+    assert (clone / NOTEBOOKS[0]).read_bytes() == (ROOT / NOTEBOOKS[0]).read_bytes()
+
+def test_hooks_of_nbdev_add_nothing_to_the_tree(clone, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    tool(clone, SCRIPTS / "nbdev_install_hooks")
+    assert "nbdev_merge" in git(clone, "config", "merge.nbdev-merge.driver")
+    assert git(clone, "status", "--porcelain") == ""
+
+@pytest.mark.parametrize("target", ["lab", "notebooks"])
+def test_make_asks_for_the_filter(clone, target):
+    said = subprocess.run(
+        ["make", "-n", "-o", ".venv/ready", "-o", ".venv/ready-dev", target],
+        cwd=clone,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    ).stdout
+    assert "git config filter.notebooks.clean" in said
+    assert target != "lab" or f"JUPYTER_CONFIG_PATH={clone}/.ci " in said
+
+def test_filter_stays_out_of_a_repository_round_about(clone):
+    "An unpacked archive has no .git; the folder that it lies in may have one."
+    (clone / "inner").mkdir()
+    shutil.copyfile(ROOT / "Makefile", clone / "inner/Makefile")
+    ask_for_filter(clone / "inner")
+    assert "filter.notebooks" not in git(clone, "config", "--local", "--list")
+
+def test_filter_leaves_every_notebook_as_it_is():
+    spec = importlib.util.spec_from_file_location("clean_notebook", ROOT / ".ci/clean_notebook.py")
+    spec.loader.exec_module(module := importlib.util.module_from_spec(spec))
+    for path in sorted((ROOT / "nbs").glob("*.ipynb")):
+        assert module.cleaned(text := path.read_text(encoding="utf-8")) == text, path.name
 
 # ---- installation
 
