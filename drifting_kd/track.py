@@ -378,7 +378,7 @@ class Tracker(_Courier):
 def _picture(image):
     "uint8 pixels, without the channel of a grey one."
     import numpy as np
-    pixels = np.array(image.cpu() if hasattr(image, "cpu") else image, dtype=np.uint8)
+    pixels = np.array(image.cpu().numpy() if hasattr(image, "cpu") else image, dtype=np.uint8)
     return pixels[..., 0] if pixels.ndim == 3 and pixels.shape[-1] == 1 else pixels
 
 # %% ../nbs/02_track.ipynb #59634b09
