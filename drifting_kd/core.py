@@ -5,7 +5,7 @@
 # %% ../nbs/00_core.ipynb #1e920999
 from __future__ import annotations
 import contextlib, dataclasses, datetime, difflib, errno, functools, hashlib, importlib, importlib.metadata
-import importlib.util, json, math, os, platform, random, re, stat, subprocess, sys, threading, types, warnings
+import importlib.util, json, math, os, platform, random, re, stat, subprocess, sys, threading, time, types, warnings
 from dataclasses import dataclass, field
 from pathlib import Path
 from fastcore.basics import patch
@@ -650,4 +650,8 @@ def launched() -> int:
 def leave_at_exit() -> None:
     "When Python ends, leave the group of processes first: threads of one that is still there may abort it."
     import atexit, torch
-    atexit.register(lambda: torch.distributed.is_initialized() and torch.distributed.destroy_process_group())
+    def leave() -> None:
+        if not torch.distributed.is_initialized(): return
+        torch.distributed.destroy_process_group()
+        time.sleep(.2)  # a data-parallel network keeps the group, whose threads may still be letting go of tensors
+    atexit.register(leave)
