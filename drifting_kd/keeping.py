@@ -4,13 +4,13 @@
 
 # %% ../nbs/16_keeping.ipynb #73b9f322
 from __future__ import annotations
-import contextlib, copy, itertools, os, shutil
+import contextlib, copy, itertools, math, os, shutil
 from pathlib import Path
 import numpy as np
 import torch
 from torch import nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
-from .core import atomic_write
+from .core import LabError, atomic_write
 
 # %% auto #0
 __all__ = ['EMA', 'undisturbed', 'random_state', 'set_random_state', 'save_checkpoint', 'link_file']
@@ -55,16 +55,34 @@ def random_state() -> dict:
     return dict(python=list(random.getstate()[1]), gauss=random.getstate()[2], numpy=numpy,
                 torch=torch.get_rng_state(), cuda=cuda)
 
+# %% ../nbs/16_keeping.ipynb #a031df51
+def _may_be_saved(state: dict) -> bool:
+    "Can Python's and numpy's part be what `random_state` gave? (torch looks after its own.)"
+    words, gauss, n = state["python"], state["gauss"], state["numpy"]
+    def finite(x): return type(x) is float and math.isfinite(x)
+    def whole(x, most): return type(x) is int and 0 <= x <= most
+    python = len(words) == 625 and all(whole(w, 2**32 - 1) for w in words) and whole(words[-1], 624)
+    keys = n["keys"].dtype == torch.int64 and n["keys"].shape == (624,)
+    keys = keys and bool(0 <= n["keys"].min() and n["keys"].max() < 2**32)
+    numpy = keys and whole(n["pos"], 624) and whole(n["has_gauss"], 1) and finite(n["cached"])
+    return python and (gauss is None or finite(gauss)) and numpy and isinstance(state["cuda"], list)
+
 # %% ../nbs/16_keeping.ipynb #d13a789d
 def set_random_state(state: dict) -> None:
-    "Put `random_state()` back."
+    "Put `random_state()` back; an altered one is refused."
     import random
+    why = "a part is missing, of another type, or out of range"
+    try:
+        if not _may_be_saved(state): raise ValueError(why)
+        if state["cuda"] and len(state["cuda"]) == torch.cuda.device_count():
+            torch.cuda.set_rng_state_all([s.cpu() for s in state["cuda"]])
+        torch.set_rng_state(state["torch"].cpu())
+    except Exception as e:  # an altered one can fail in any way
+        why = " ".join(str(e).split())[:100] if isinstance(e, (ValueError, RuntimeError)) else why
+        raise LabError(f"the random state is not as `random_state` gives it ({why}); give one that was saved") from None
     random.setstate((3, tuple(state["python"]), state["gauss"]))
     n = state["numpy"]
     np.random.set_state(("MT19937", n["keys"].numpy().astype(np.uint32), n["pos"], n["has_gauss"], n["cached"]))
-    torch.set_rng_state(state["torch"].cpu())
-    if state["cuda"] and len(state["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all([s.cpu() for s in state["cuda"]])
 
 # %% ../nbs/16_keeping.ipynb #65abf537
 def save_checkpoint(path: Path, content: dict) -> None:

@@ -478,8 +478,9 @@ def load_array(path: Path) -> dict[str, np.ndarray] | np.ndarray:
             return {k: found[k] for k in found.files} if hasattr(found, "files") else found
     except FileNotFoundError: raise LabError(f"{path} does not exist") from None
     except Exception as e:  # zip, zlib, header and shape errors, unless the system would not hand it out
-        damaged = _broken(path, f"{type(e).__name__}: {_first_line(e) or 'empty'}")
-        raise cannot_read(path, e) or damaged from None
+        why = f"{type(e).__name__}: {_first_line(e) or 'empty'}"
+        raise cannot_read(path, e) or LabError(f"{path} is damaged or no .npy or .npz file: {why}; "
+                                               "put a sound copy there") from None  # nowhere to load it from again
 
 # %% ../nbs/04_sources.ipynb #95f8c23a
 KNOWN = {  # classes, source and licence of files that are known by their name

@@ -4,7 +4,7 @@
 
 # %% ../nbs/32_train.ipynb #4661c633
 from __future__ import annotations
-import contextlib, copy, errno, itertools, math, os, sys, time
+import contextlib, copy, errno, itertools, json, math, os, sys, time
 from pathlib import Path
 import numpy as np
 import torch
@@ -422,13 +422,14 @@ def _check_continues(self: Loop, path: Path, c: dict) -> None:
     if c["optimizer"] is None or "loop" not in c:
         raise LabError(f"checkpoint {path} holds weights only, as final_model.pt does, and nothing to continue from; "
                        "use another of the run's checkpoints")
-    other = self.cfg.differs(c["config"] or {})
-    if other: raise LabError(f"checkpoint {path} is of another run: {'; '.join(other)}; use one of this run's")
-    images = (c["loop"].get("data") if isinstance(c["loop"], dict) else None) or {}
-    if not isinstance(images, dict): raise self.strange(path, "loop", f"data is {brief(images)}")
-    known = dict(sha256=(c["task"] or {}).get("data_sha256")) | images
-    if any(known.get(k) not in (None, v) for k, v in self.images.items()): raise self.other_images()
-    processes = c["loop"].get("processes", self.world) if isinstance(c["loop"], dict) else self.world
+    self._check_parts(path, self._kinds(c))
+    if other := self.cfg.differs(plain(c["config"])):
+        more = [f"and {len(other) - 4} more"] * (len(other) > 4)
+        raise LabError(f"checkpoint {path} is of another run: {'; '.join(other[:4] + more)}; use one of this run's")
+    told, images = c["task"].get("data_sha256"), c["loop"].get("data", {})  # an earlier version kept the first only
+    known = [(k, v) for then in (dict(sha256=told), images) for k, v in then.items() if v is not None]
+    if any(self.images.get(k, v) != v for k, v in known): raise self.other_images()
+    processes = c["loop"].get("processes", self.world)
     if processes != self.world:
         raise LabError(f"run {self.run.name} was trained by {processes} processes and here there are {self.world}; "
                        "start as many, or a new run")
@@ -452,33 +453,96 @@ def _load(self: Loop, path: Path, c: dict) -> None:
         raise self.strange(path, "rng", ' '.join(str(e).split())[:100]) from None
 
 # %% ../nbs/32_train.ipynb #f9b8bed5
-def _plain_numbers(metrics) -> bool:
-    "Are these metrics as a run's summary has them? Words and lists may stand beside them."
-    named = isinstance(metrics, dict) and all(isinstance(k, str) for k in metrics)
-    return named and all(v is None or isinstance(v, (int, float)) for k, v in metrics.items() if "/" in k)
+def _whole(value, low: int, high: int) -> bool:
+    "Is it a whole number in a range?"
+    return type(value) is int and low <= value <= high
 
 # %% ../nbs/32_train.ipynb #d7740877
 @patch
-def _check_parts(self: Loop, path: Path, c: dict) -> None:
-    "Refuse a checkpoint whose step, loop or metrics no run like this one writes."
-    step, loop, due = c["step"], c["loop"], self.cadence
-    if not (0 < step <= due.total and due.saves(step)) or c["epoch"] != step // due.epoch:
-        raise self.strange(path, "step", f"{step}, in epoch {brief(c['epoch'])}, where this training of {due.total} "
-                           "steps saves none")
-    if not _plain_numbers(c["metrics"]): raise self.strange(path, "metrics", "expected names and numbers")
-    def whole(v, most): return type(v) is int and 0 <= v <= most
-    def sums(v): return isinstance(v, dict) and all(torch.is_tensor(x) and not x.ndim for x in v.values())
-    try:
-        best, seconds, epoch = loop["best"], loop["seconds"], loop.get("epoch", dict(sums={}, begun=step))
-        right = dict(
-            sums=sums(loop["sums"]), count=loop["count"] == (0 if due.logs(step) else step % due.log_every),
-            epoch=sums(epoch["sums"]) and whole(epoch["begun"], step), scaler=isinstance(loop["scaler"], dict),
-            best=best is None or whole(best["step"], step) and due.evaluates(best["step"])
-            and math.isfinite(best["value"]), since_best=whole(loop["since_best"], step),
-            seconds=len(seconds) == 2 and all(math.isfinite(s) and s >= 0 for s in seconds))
-    except (KeyError, TypeError, AttributeError, IndexError) as e:
-        raise self.strange(path, "loop", f"{type(e).__name__} {e}"[:100]) from None
-    if wrong := [name for name, good in right.items() if not good]: raise self.strange(path, "loop", ", ".join(wrong))
+def _check_parts(self: Loop, path: Path,
+                 parts, # of each its name, its value, what says whether it can be, and what is expected
+                ) -> None:
+    "Refuse a checkpoint with the first part that cannot be."
+    for name, value, can_be, expected in parts:
+        try: fine = can_be()
+        except Exception: fine = False  # an altered part can fail in any way
+        if not fine: raise self.strange(path, name, f"{' '.join(brief(value).split())}, expected {expected}")
+
+# %% ../nbs/32_train.ipynb #1fb68ab4
+@patch
+def _kinds(self: Loop, c: dict):
+    "The parts of a checkpoint that are looked into."
+    for name in ("loop", "task", "config"):
+        yield name, c[name], lambda name=name: isinstance(c[name], dict), "a dictionary"
+    loop, facts = c["loop"], c["task"]
+    processes, images = loop.get("processes", 1), loop.get("data", {})
+    def texts(d): return isinstance(d, dict) and all(isinstance(v, str) for v in d.values())
+    yield "task.state", facts.get("state"), lambda: isinstance(facts["state"], dict), "a dictionary"
+    yield "loop.processes", processes, lambda: _whole(processes, 1, 2**31), "a number of processes"
+    yield "loop.data", images, lambda: texts(images), "hashes by name"
+    told = facts.get("data_sha256", "")
+    yield "task.data_sha256", told, lambda: isinstance(told, str), "a hash"
+
+# %% ../nbs/32_train.ipynb #a1f5c821
+@patch
+def _parts(self: Loop, c: dict):
+    "Step, epoch, metrics, and what was best: all that must agree with the cadence."
+    step, metrics, due, best = c["step"], c["metrics"], self.cadence, c["loop"].get("best", ...)
+    yield ("step", step, lambda: _whole(step, 1, due.total) and due.saves(step),
+           f"a step up to {due.total:,} after which this run saves")
+    yield "epoch", c["epoch"], lambda: _whole(c["epoch"], 0, step) and c["epoch"] == step // due.epoch, "the step's"
+    def number(name): return type(metrics[name]) in (int, float)
+    def are_metrics():
+        named = isinstance(metrics, dict) and all(isinstance(name, str) for name in metrics)
+        return named and json.dumps(metrics, allow_nan=False) and (step < due.log_every or number("train/loss"))
+    yield "metrics", metrics, are_metrics, "finite numbers, texts and lists by name, train/loss among them"
+    def is_best():
+        value, at = (best[k] for k in ("value", "step"))
+        seen = _whole(at, 1, step) and due.evaluates(at) and number(self.best.name)
+        return seen and math.isfinite(value) and (at < step or metrics[self.best.name] == float(value))
+    def is_none(): return best is None and type(metrics.get(self.best.name)) not in (int, float)
+    yield ("loop.best", best, lambda: is_none() or is_best(),
+           f"nothing, or value and step of an evaluation, in line with the metrics' {self.best.name}")
+    since, most = c["loop"].get("since_best"), step // due.eval_every
+    if step == due.total: most = -(-step // due.eval_every)
+    yield "loop.since_best", since, lambda: _whole(since, 0, most), f"a number of evaluations up to {most}"
+
+# %% ../nbs/32_train.ipynb #2b1caabb
+@patch
+def _window_parts(self: Loop, loop: dict, step: int):
+    "The half-full log line and epoch, clock and scaler."
+    due, count, own = self.cadence, loop.get("count"), self.scaler.state_dict()
+    since = 0 if due.logs(step) else step % due.log_every
+    yield "loop.count", count, lambda: _whole(count, since, since), f"{since}, the steps since the last log line"
+    yield "loop.sums", loop.get("sums"), lambda: _are_sums(loop["sums"], count), "sums of metrics by name"
+    epoch, squares = loop.get("epoch", dict(sums={}, begun=step)), loop.get("squares", 0.)
+    def is_epoch(): return (_whole(epoch["begun"], step - step % due.epoch, step)
+                            and _are_sums(epoch["sums"], step - epoch["begun"]))
+    yield "loop.epoch", epoch, is_epoch, "where its sums begin, and the sums"
+    def are_squares(): return (type(squares) is float and not squares > 0 and not squares < 0) or (
+        squares.shape == (len(self.parameters),) and squares.is_floating_point() and not (squares < 0).any())
+    yield "loop.squares", squares, are_squares, "0, or the squared norm of each parameter's gradient"
+    seconds, scaler = loop.get("seconds"), loop.get("scaler")
+    def are_seconds(): return len(seconds) == 2 and all(type(s) is float and 0 <= s < 1e10 for s in seconds)
+    yield "loop.seconds", seconds, are_seconds, "wall and CPU seconds"
+    def is_scaler(): return scaler.keys() == own.keys() and all(
+        type(v) in (int, float) and 0 <= v < math.inf for v in scaler.values()) and scaler.get("scale", 1) > 0
+    yield "loop.scaler", scaler, is_scaler, "the state of this precision's scaler"
+
+# %% ../nbs/32_train.ipynb #15e8d9c8
+def _are_sums(sums, steps: int) -> bool:
+    "Are they the sums of metrics over so many steps?"
+    if not steps: return sums == {}
+    single = all(isinstance(k, str) and v.dim() == 0 and v.is_floating_point() for k, v in sums.items())
+    return single and math.isfinite(sums["train/loss"])
+
+# %% ../nbs/32_train.ipynb #d66a6683
+@patch
+def _restart(self: Loop, path: Path) -> None:
+    "Begin again where a kill came before the first checkpoint."
+    if others := sorted(p.name for p in path.parent.glob("*.pt")):
+        raise LabError(f"checkpoint {path} does not exist, but {', '.join(others)} beside it; copy one of them to it")
+    self.run.truncate(-1)
 
 # %% ../nbs/32_train.ipynb #1920f39b
 @patch
@@ -498,10 +562,10 @@ def _take_up(self: Loop, loop: dict, step: int, metrics: dict) -> None:
 def restore(self: Loop) -> None:
     "Continue from last.pt."
     path = self.run.path / "checkpoints" / "last.pt"
-    if not path.exists(): return self.run.truncate(-1)  # killed before its first checkpoint
+    if not path.exists(): return self._restart(path)
     c = load_checkpoint(path)
     self._check_continues(path, c)
-    self._check_parts(path, c)
+    for parts in (self._parts(c), self._window_parts(c["loop"], c["step"])): self._check_parts(path, parts)
     self._load(path, c)
     self._take_up(c["loop"], c["step"], c["metrics"])
     self.run.truncate(self.step)

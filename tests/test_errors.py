@@ -251,3 +251,25 @@ def test_what_was_given_is_cut_in_every_text_too():
                 try: kind(**{f.name: slip})  # some are looked at only when they are used
                 except LabError as e:
                     assert len(str(e)) < 400 and "\n" not in str(e), f"{kind.__name__}.{f.name}: {e}"
+
+def test_edited_checkpoint_is_one_line(runs):
+    "The notebook of `train` tries many values; here one of each part, as a user meets it."
+    import torch
+    last = runs / "stopped/checkpoints/last.pt"
+    own = torch.load(last, weights_only=True)
+    for part, value, words in (
+        ("step", 13, "its step is not as this run writes it (13, expected a step"),
+        ("rng", own["rng"] | {"numpy": None}, "its rng is not as this run writes it (the random"),
+        ("loop", own["loop"] | {"count": float("nan")}, "its loop.count is not as this run writes it (nan, expected"),
+        ("config", {}, "is of another run: "),
+        ("metrics", {}, "its metrics is not as this run writes it ({}, expected"),
+    ):
+        torch.save(own | {part: value}, last)
+        before = contents(runs / "stopped/checkpoints") | contents(runs / "stopped/figures")
+        lines = (runs / "stopped/metrics.jsonl").read_bytes()
+        line = refused(runs, run_name="stopped", resume=True)
+        assert f"checkpoint {last}" in line and words in line, line
+        assert before == contents(runs / "stopped/checkpoints") | contents(runs / "stopped/figures")
+        assert (runs / "stopped/metrics.jsonl").read_bytes() == lines
+    torch.save(own, last)
+    assert finishes_like_the_whole(runs)

@@ -158,3 +158,41 @@ def test_resumed_inside_an_epoch_of_groups(lab):
     assert train(run_name="killed", resume=True, **settings).returncode == 0
     whole, killed = lab / "runs/whole", lab / "runs/killed"
     assert same_weights(whole, killed) and losses(whole) == losses(killed)
+
+def same_bits(a, b) -> bool:
+    "Equal in every tensor, list and number."
+    import torch
+    if torch.is_tensor(a): return torch.is_tensor(b) and a.dtype == b.dtype and torch.equal(a, b)
+    if type(a) is not type(b): return False
+    if isinstance(a, dict): return a.keys() == b.keys() and all(same_bits(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)): return len(a) == len(b) and all(map(same_bits, a, b))
+    return a == b
+
+def test_a_restored_queue_of_real_images_is_the_one_that_was_saved(lab, monkeypatch):
+    "Rings, their places and what lies in them, looked at in the tasks themselves and not by what is trained."
+    import copy
+    from drifting_kd.classify import prepare
+    from drifting_kd.drifting import Drift, DriftConfig, drifter
+    from drifting_kd.run import Run
+    from drifting_kd.train import Loop, fit
+    from test_drift import SMALL
+    given = {k: v for k, v in SMALL.items() if k != "family"}
+    given |= dict(tracker="none", device="cpu", threads=1, queue=20, steps=6, eval_every=6, save_every=2)
+    def drift(**more):
+        cfg = DriftConfig(**given | more)
+        data = prepare(cfg)
+        return Drift(drifter(cfg, data), data, cfg), cfg
+    saved, publish = [], Loop.publish
+    def remember(loop):
+        saved.append(copy.deepcopy(vars(loop.task.reals)))
+        publish(loop)
+        if loop.step == 4: raise KeyboardInterrupt
+    monkeypatch.setattr(Loop, "publish", remember)
+    task, cfg = drift()
+    with pytest.raises(KeyboardInterrupt): fit(task, cfg, Run(cfg, "drift"))
+    monkeypatch.setattr(Loop, "publish", publish)
+    again, cfg = drift(resume=True)
+    run = Run(cfg, "drift")
+    Loop(again, cfg, run).restore()
+    run.close()
+    assert len(saved) == 2 and not same_bits(*saved) and same_bits(vars(again.reals), saved[-1])
