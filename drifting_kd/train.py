@@ -4,14 +4,14 @@
 
 # %% ../nbs/32_train.ipynb #4661c633
 from __future__ import annotations
-import contextlib, copy, errno, itertools, json, math, os, sys, time
+import contextlib, copy, errno, itertools, math, os, sys, time
 from pathlib import Path
 import numpy as np
 import torch
 from fastcore.basics import patch
 from torch import nn
 from .core import (
-    LabError, brief, choose_device, launched, leave_at_exit, mix, plain, read_json, unknown, write_json)
+    LabError, choose_device, launched, leave_at_exit, mix, plain, read_json, unknown, write_json)
 from .run import Run, read_environment
 from .track import start_tracker
 from .sources import load_array
@@ -20,6 +20,7 @@ from .models import layer_names, model_name, output_sizes, parameter_layers
 from .checkpoints import load_checkpoint
 from .keeping import EMA, link_file, random_state, save_checkpoint, set_random_state, undisturbed
 from .processes import accelerator_of, check_shares, globalize_batchnorm, processes_of, reduced
+from .resuming import check_parts, kinds_of_parts, parts_at_step, parts_of_window, strange
 from .optim import make_optimizer, optimizer_settings
 from .loop import Best, Clock, FitConfig, Window, bar_text, log_line, progress_bar, run_summary
 
@@ -409,12 +410,6 @@ def other_images(self: Loop) -> LabError:
     return LabError(f"run {self.run.name} was started on other images called {self.task.data.name}, or on another "
                     "split of them; restore them, or start a new run")
 
-# %% ../nbs/32_train.ipynb #8e0f941a
-@patch
-def strange(self: Loop, path: Path, part: str, why: str) -> LabError:
-    return LabError(f"checkpoint {path}: its {part} is not as this run writes it ({why}); "
-                    "use another of the run's checkpoints")
-
 # %% ../nbs/32_train.ipynb #3c09ac28
 @patch
 def _check_continues(self: Loop, path: Path, c: dict) -> None:
@@ -422,7 +417,7 @@ def _check_continues(self: Loop, path: Path, c: dict) -> None:
     if c["optimizer"] is None or "loop" not in c:
         raise LabError(f"checkpoint {path} holds weights only, as final_model.pt does, and nothing to continue from; "
                        "use another of the run's checkpoints")
-    self._check_parts(path, self._kinds(c))
+    check_parts(path, kinds_of_parts(c))
     if other := self.cfg.differs(plain(c["config"])):
         more = [f"and {len(other) - 4} more"] * (len(other) > 4)
         raise LabError(f"checkpoint {path} is of another run: {'; '.join(other[:4] + more)}; use one of this run's")
@@ -450,91 +445,7 @@ def _load(self: Loop, path: Path, c: dict) -> None:
                        "use one of this run's, made by this version") from None
     try: set_random_state(c["rng"])
     except Exception as e:  # whatever stands there instead
-        raise self.strange(path, "rng", ' '.join(str(e).split())[:100]) from None
-
-# %% ../nbs/32_train.ipynb #f9b8bed5
-def _whole(value, low: int, high: int) -> bool:
-    "Is it a whole number in a range?"
-    return type(value) is int and low <= value <= high
-
-# %% ../nbs/32_train.ipynb #d7740877
-@patch
-def _check_parts(self: Loop, path: Path,
-                 parts, # of each its name, its value, what says whether it can be, and what is expected
-                ) -> None:
-    "Refuse a checkpoint with the first part that cannot be."
-    for name, value, can_be, expected in parts:
-        try: fine = can_be()
-        except Exception: fine = False  # an altered part can fail in any way
-        if not fine: raise self.strange(path, name, f"{' '.join(brief(value).split())}, expected {expected}")
-
-# %% ../nbs/32_train.ipynb #1fb68ab4
-@patch
-def _kinds(self: Loop, c: dict):
-    "The parts of a checkpoint that are looked into."
-    for name in ("loop", "task", "config"):
-        yield name, c[name], lambda name=name: isinstance(c[name], dict), "a dictionary"
-    loop, facts = c["loop"], c["task"]
-    processes, images = loop.get("processes", 1), loop.get("data", {})
-    def texts(d): return isinstance(d, dict) and all(isinstance(v, str) for v in d.values())
-    yield "task.state", facts.get("state"), lambda: isinstance(facts["state"], dict), "a dictionary"
-    yield "loop.processes", processes, lambda: _whole(processes, 1, 2**31), "a number of processes"
-    yield "loop.data", images, lambda: texts(images), "hashes by name"
-    told = facts.get("data_sha256", "")
-    yield "task.data_sha256", told, lambda: isinstance(told, str), "a hash"
-
-# %% ../nbs/32_train.ipynb #a1f5c821
-@patch
-def _parts(self: Loop, c: dict):
-    "Step, epoch, metrics, and what was best: all that must agree with the cadence."
-    step, metrics, due, best = c["step"], c["metrics"], self.cadence, c["loop"].get("best", ...)
-    yield ("step", step, lambda: _whole(step, 1, due.total) and due.saves(step),
-           f"a step up to {due.total:,} after which this run saves")
-    yield "epoch", c["epoch"], lambda: _whole(c["epoch"], 0, step) and c["epoch"] == step // due.epoch, "the step's"
-    def number(name): return type(metrics[name]) in (int, float)
-    def are_metrics():
-        named = isinstance(metrics, dict) and all(isinstance(name, str) for name in metrics)
-        return named and json.dumps(metrics, allow_nan=False) and (step < due.log_every or number("train/loss"))
-    yield "metrics", metrics, are_metrics, "finite numbers, texts and lists by name, train/loss among them"
-    def is_best():
-        value, at = (best[k] for k in ("value", "step"))
-        seen = _whole(at, 1, step) and due.evaluates(at) and number(self.best.name)
-        return seen and math.isfinite(value) and (at < step or metrics[self.best.name] == float(value))
-    def is_none(): return best is None and type(metrics.get(self.best.name)) not in (int, float)
-    yield ("loop.best", best, lambda: is_none() or is_best(),
-           f"nothing, or value and step of an evaluation, in line with the metrics' {self.best.name}")
-    since, most = c["loop"].get("since_best"), step // due.eval_every
-    if step == due.total: most = -(-step // due.eval_every)
-    yield "loop.since_best", since, lambda: _whole(since, 0, most), f"a number of evaluations up to {most}"
-
-# %% ../nbs/32_train.ipynb #2b1caabb
-@patch
-def _window_parts(self: Loop, loop: dict, step: int):
-    "The half-full log line and epoch, clock and scaler."
-    due, count, own = self.cadence, loop.get("count"), self.scaler.state_dict()
-    since = 0 if due.logs(step) else step % due.log_every
-    yield "loop.count", count, lambda: _whole(count, since, since), f"{since}, the steps since the last log line"
-    yield "loop.sums", loop.get("sums"), lambda: _are_sums(loop["sums"], count), "sums of metrics by name"
-    epoch, squares = loop.get("epoch", dict(sums={}, begun=step)), loop.get("squares", 0.)
-    def is_epoch(): return (_whole(epoch["begun"], step - step % due.epoch, step)
-                            and _are_sums(epoch["sums"], step - epoch["begun"]))
-    yield "loop.epoch", epoch, is_epoch, "where its sums begin, and the sums"
-    def are_squares(): return (type(squares) is float and not squares > 0 and not squares < 0) or (
-        squares.shape == (len(self.parameters),) and squares.is_floating_point() and not (squares < 0).any())
-    yield "loop.squares", squares, are_squares, "0, or the squared norm of each parameter's gradient"
-    seconds, scaler = loop.get("seconds"), loop.get("scaler")
-    def are_seconds(): return len(seconds) == 2 and all(type(s) is float and 0 <= s < 1e10 for s in seconds)
-    yield "loop.seconds", seconds, are_seconds, "wall and CPU seconds"
-    def is_scaler(): return scaler.keys() == own.keys() and all(
-        type(v) in (int, float) and 0 <= v < math.inf for v in scaler.values()) and scaler.get("scale", 1) > 0
-    yield "loop.scaler", scaler, is_scaler, "the state of this precision's scaler"
-
-# %% ../nbs/32_train.ipynb #15e8d9c8
-def _are_sums(sums, steps: int) -> bool:
-    "Are they the sums of metrics over so many steps?"
-    if not steps: return sums == {}
-    single = all(isinstance(k, str) and v.dim() == 0 and v.is_floating_point() for k, v in sums.items())
-    return single and math.isfinite(sums["train/loss"])
+        raise strange(path, "rng", ' '.join(str(e).split())[:100]) from None
 
 # %% ../nbs/32_train.ipynb #d66a6683
 @patch
@@ -565,7 +476,9 @@ def restore(self: Loop) -> None:
     if not path.exists(): return self._restart(path)
     c = load_checkpoint(path)
     self._check_continues(path, c)
-    for parts in (self._parts(c), self._window_parts(c["loop"], c["step"])): self._check_parts(path, parts)
+    check_parts(path, parts_at_step(c, self.cadence, self.best.name))
+    own = self.scaler.state_dict(), len(self.parameters)
+    check_parts(path, parts_of_window(c["loop"], c["step"], self.cadence, *own))
     self._load(path, c)
     self._take_up(c["loop"], c["step"], c["metrics"])
     self.run.truncate(self.step)
