@@ -211,7 +211,7 @@ def _claimed(name: str):
 # %% ../nbs/70_cli.ipynb #76c60afa
 def _placed(plugins: str) -> str:
     "Plugins as they are found from the project's folder, too."
-    def place(word): return str(Path(word).resolve()) if word.endswith(".py") and Path(word).is_file() else word
+    def place(word): return os.path.relpath(word, project_root()) if Path(word).is_file() else word
     return plugins if Path.cwd() == project_root() else " ".join(map(place, split_words(plugins)))
 
 # %% ../nbs/70_cli.ipynb #b2cac466

@@ -16,7 +16,8 @@ __all__ = ['SCHEMA', 'DETERMINISTIC', 'PLUGINS', 'RESERVED', 'TRACKERS', 'PACKAG
            'write_json', 'cannot_read', 'read_text', 'parse_json', 'read_json', 'mix', 'generator', 'seed_everything',
            'same_determinism', 'exact_fp32', 'choose_device', 'import_torchvision', 'need', 'split_words', 'Plugin',
            'find_plugin', 'plugin_words', 'load_plugins', 'param', 'check_value', 'Parameters', 'check_run_name',
-           'Config', 'watch_parameters', 'git_state', 'environment', 'launched', 'leave_at_exit']
+           'Config', 'otherwise', 'some_of', 'watch_parameters', 'git_state', 'environment', 'launched',
+           'leave_at_exit']
 
 # %% ../nbs/00_core.ipynb #411a5fdb
 SCHEMA = 1  # version of every JSON file a run writes
@@ -343,33 +344,36 @@ def _importable(*folders: Path):
     try: yield
     finally: sys.path[:] = [f for i, f in enumerate(sys.path) if i >= len(added) or f not in added]
 
-# %% ../nbs/00_core.ipynb #d8d91815
-def find_plugin(word: str) -> Plugin:
-    "The sources behind a file's path or a module's name; nothing of a file is run."
-    places = (Path.cwd(), project_root())
-    if word.endswith(".py"):
-        found = [p.resolve() for folder in places if (p := folder / Path(word).expanduser()).is_file()]
-        if found: return Plugin(found[0].name, tuple(found[:1]))
-    else:
-        with _importable(*places):
-            try: spec = importlib.util.find_spec(word)
-            except (ImportError, AttributeError, ValueError): spec = None
-        source = Path(spec.origin) if spec and spec.origin and spec.origin.endswith(".py") else None
-        if source and source.name != "__init__.py": return Plugin(word, (source,))
-        if source: return Plugin(word, tuple(sorted(source.parent.rglob("*.py"))))
-    raise LabError(f"plugins={brief(word)}: no such file or module in {' or '.join(sorted({str(p) for p in places}))}; "
-                   "give the path of a .py file, or the name of a module that Python can import")
-
-# %% ../nbs/00_core.ipynb #bc324a6f
-def plugin_words(text: str = "") -> list[str]:
-    "The plugins that are named, here and in DKD_PLUGINS, each once."
-    return list(dict.fromkeys([*split_words(text), *split_words(os.environ.get("DKD_PLUGINS", ""))]))
-
 # %% ../nbs/00_core.ipynb #19a10eae
 def _first_words(e: BaseException) -> str:
     "What an error says, in a line."
     at = f" (line {e.lineno})" if isinstance(e, SyntaxError) else ""
     return f"{type(e).__name__}: {(str(e).strip().splitlines() or [''])[0][:200]}{at}"
+
+# %% ../nbs/00_core.ipynb #d8d91815
+def find_plugin(word: str) -> Plugin:
+    "The sources behind a file's path or a module's name. A file is not run; of a dotted name the packages above are."
+    places = (Path.cwd(), project_root())
+    if word.endswith(".py"):
+        with contextlib.suppress(OSError, RuntimeError):  # no name of a file, or nobody's home
+            found = [p.resolve() for folder in places if (p := folder / Path(word).expanduser()).is_file()]
+            if found: return Plugin(found[0].name, tuple(found[:1]))
+    else:
+        with _importable(*places):
+            try: spec = importlib.util.find_spec(word)
+            except (ImportError, AttributeError, ValueError): spec = None
+            except (Exception, SystemExit) as e:
+                raise LabError(f"plugins={brief(word)} does not load ({_first_words(e)}); correct it") from None
+        source = Path(spec.origin) if spec and spec.origin and spec.origin.endswith(".py") else None
+        if source and source.name != "__init__.py": return Plugin(word, (source,))
+        if source: return Plugin(word, tuple(sorted(source.parent.rglob("*.py"))))
+    raise LabError(f"plugins={brief(word)}: no such file or module in {' or '.join(sorted({str(p) for p in places}))}; "
+                   "give the path of a .py file (without blanks and commas), or a module that Python can import")
+
+# %% ../nbs/00_core.ipynb #bc324a6f
+def plugin_words(text: str = "") -> list[str]:
+    "The plugins that are named, here and in DKD_PLUGINS, each once."
+    return list(dict.fromkeys([*split_words(text), *split_words(os.environ.get("DKD_PLUGINS", ""))]))
 
 # %% ../nbs/00_core.ipynb #f61a3806
 PLUGINS = {}  # name -> Plugin; those that this process has run
@@ -512,13 +516,22 @@ class Config(Parameters):
     def hash(self) -> str:
         return hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()[:16]
 
+# %% ../nbs/00_core.ipynb #f1954753
+def otherwise(name: str, there, here) -> str:
+    "One difference, in words of a bearable length."
+    return f"{name} (there {brief(there)}, here {brief(here)})"
+
+def some_of(words: list[str], most: int = 4) -> str:
+    "The first of several differences, and how many more there are."
+    return "; ".join(words[:most] + [f"and {len(words) - most} more"] * (len(words) > most))
+
 # %% ../nbs/00_core.ipynb #49c2ead1
 @patch
 def differs(self: Config, saved: dict) -> list[str]:
     "What a saved configuration has otherwise, each in words."
     mine = {k: v for k, v in self.record().items() if k not in self.NOT_COMPARED}
     then = {k: saved.get(k, self.LATER.get(k)) for k in mine}
-    return [f"{k} (there {then[k]!r}, here {v!r})" for k, v in mine.items() if then[k] != v]
+    return [otherwise(k, then[k], v) for k, v in mine.items() if then[k] != v]
 
 # %% ../nbs/00_core.ipynb #269f47ab
 _LITERALS = (bool, int, float, str, list, tuple, dict, type(None))

@@ -485,6 +485,7 @@ def method_loss(self: Distill, model: nn.Module, split: str) -> float:
     batches = HostBatches(part, -(-size // self.world) * self.world, 0, augment=False, shuffle=False, drop_last=False,
                           rank=self.rank, world=self.world, device=self.device)
     for batch in batches:
+        if not len(batch.y): continue  # another process has the last images
         pixels = [batch.x if v == "weak" else strong_pixels(batch.x, batch.index, self.cfg.seed, 0)
                   for v in self.method.views]
         x = normalize(torch.cat(pixels), self.data.mean, self.data.std)

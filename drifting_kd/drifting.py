@@ -111,7 +111,8 @@ class DriftDefaults(GenerateConfig):
                                  "rounded down to as many for each group", low=2, high=100_000)
     optimizer: str = param("adamw", "sgd, nesterov, adamw, muon, lion or any name of timm's factory")
     lr: float = param(6e-3, "learning rate; 0 is the optimiser's own", low=0, high=100)
-    betas: tuple = param((0.9, 0.95), "momenta of Adam and its kin; empty is the optimiser's own")
+    betas: tuple = param((0.9, 0.95), "momenta of Adam and its kin; empty is the optimiser's own",
+                         low=0, high=0.9999999)
     weight_decay: float = param(0.01, "weight decay; below 0 is the optimiser's own", low=-1, high=10)
     warmup: int = param(50, "optimiser steps of linear warm-up", low=0, high=10**9)
     final_lr: float = param(0.05, "where cosine ends, as a fraction of lr", low=0, high=1)
@@ -136,7 +137,8 @@ class DriftConfig(DriftDefaults):
     alpha_max: float = param(2.0, "greatest guidance strength in training; 1 is no guidance", low=1, high=100)
     alpha_power: float = param(5.0, "strengths are drawn from alpha^-power", low=-20, high=20)
     alpha: float = param(1.0, "guidance strength of the samples that are looked at", low=1, high=100)
-    temps: tuple = param((0.02, 0.05), "temperatures, relative to a mean distance of one; the paper has 0.2, too")
+    temps: tuple = param((0.02, 0.05), "temperatures, relative to a mean distance of one; the paper has 0.2, too",
+                         low=1e-3, high=1e3)
     sinkhorn_iters: int = param(2, "normalisations of the affinity; 1 is the paper's", low=1, high=100)
     chunk: int = param(0, "rows of the affinity at a time; 0 is all", low=0, high=1_000_000)
     encoder: str = param("pixels", "pixels; mae, mae_wide or classifier (trained here once); a run; published weights")

@@ -44,14 +44,16 @@ def live_names() -> dict[str, list[str]]:
     from drifting_kd.models import list_models
     from drifting_kd.sources import ALIASES, SOURCES
     from drifting_kd.train import TASKS
+    from drifting_kd.features import FEATURE_WEIGHTS
     found = dict(classifiers=list_models(), generators=list_generators(), optimizers=_optimizers(),
                  datasets=[*SOURCES, *ALIASES], methods=METHODS, parts=_method_parts(), tasks=TASKS,
-                 judges=["none", "inception", "dinov2", *shipped_judges()])
+                 judges=["none", "inception", "dinov2", *shipped_judges()], features=FEATURE_WEIGHTS,
+                 devices=["auto", "cpu", "cuda", "mps"])
     return {what: sorted(set(names)) for what, names in found.items()}
 
 # %% ../nbs/62_known.ipynb #a89d6a79
 _NAMED = dict(optimizer="optimizers", dataset="datasets", task="tasks", teacher_models="classifiers", judge="judges",
-              extractor="judges")  # parameter -> table
+              extractor="judges", feature="features", device="devices")  # parameter -> table
 
 def _table(config: str, field: str) -> str:
     "The table of a parameter; an empty text where its value is no name."
@@ -68,7 +70,8 @@ def collect() -> dict:
         limits = {f: {k: v for k in ("choices", "low", "high") if (v := field.metadata[k]) not in (None, ())}
                   for f, field in fields.items()}
         named = {f: {"names": table} for f in fields if (table := _table(name, f))}
-        rules[name] = {f: rule for f in fields if (rule := limits[f] | named.get(f, {}))}
+        several = {f: {"tuple": True} for f, field in fields.items() if isinstance(field.default, tuple)}
+        rules[name] = {f: rule for f in fields if (rule := limits[f] | named.get(f, {}) | several.get(f, {}))}
     return dict(timm=importlib.metadata.version("timm"), names=live_names(), configs=rules)
 
 # %% ../nbs/62_known.ipynb #e762f84c
@@ -100,6 +103,7 @@ def _words(field: str, value: str) -> list[tuple[str, str]]:
     if field == "method":
         base, *parts = value.split("+")
         return [(base, "methods"), *((part, "parts") for part in parts)]
+    if field in ("feature", "device"): value = value.partition("=" if field == "feature" else ":")[0]
     return [(word, "") for word in (value.replace(",", " ").split() if field == "teacher_models" else [value])]
 
 # %% ../nbs/62_known.ipynb #1c716b5f
@@ -127,7 +131,7 @@ def check_known(config: str, # the class that a notebook reads
     for field, rule in known()["configs"].get(config, {}).items():
         if field not in given: continue
         value = given[field]
-        if not isinstance(value, (list, tuple)): check_value(field, value, value, **rule)
+        check_value(field, value, () if "tuple" in rule else value, **rule)
         if value and "names" in rule: _refuse_unnamed(field, value, rule["names"], given)
 
 # %% ../nbs/62_known.ipynb #c87bdd1d

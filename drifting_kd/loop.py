@@ -60,12 +60,13 @@ class OptimizerConfig(MachineConfig):
     optimizer: str = param("sgd", "sgd, nesterov, adamw, muon, lion or any name of timm's factory")
     lr: float = param(0.0, "learning rate; 0 is the optimiser's own", low=0, high=100)
     momentum: float = param(-1.0, "momentum; below 0 is the optimiser's own", low=-1, high=0.9999)
-    betas: tuple = param((), "momenta of Adam and its kin; empty is the optimiser's own")
+    betas: tuple = param((), "momenta of Adam and its kin; empty is the optimiser's own", low=0, high=0.9999999)
     weight_decay: float = param(-1.0, "weight decay; below 0 is the optimiser's own", low=-1, high=10)
     schedule: str = param("cosine", "none, cosine or step, after the warm-up", choices=("none", "cosine", "step"))
     warmup: int = param(0, "optimiser steps of linear warm-up", low=0, high=10**9)
     warmup_from_zero: bool = param(False, "the first step of the warm-up has the rate 0")
-    milestones: tuple = param((0.5, 0.75), "fractions of training where step divides the rate by ten")
+    milestones: tuple = param((0.5, 0.75), "fractions of training where step divides the rate by ten",
+                              low=1e-6, high=0.999999)
     final_lr: float = param(0.0, "where cosine ends, as a fraction of lr", low=0, high=1)
 
     def __post_init__(self):

@@ -25,13 +25,13 @@ def processes_of(cfg: Config) -> int:
 # %% ../nbs/15_processes.ipynb #09b90a21
 def check_shares(cfg: Config, processes: int) -> None:
     "Refuse a batch that does not divide, and more processes to be started than there are cores or GPUs."
-    if cfg.batch_size % processes:
-        raise LabError(f"batch_size={cfg.batch_size} does not divide among {processes} processes; use a multiple of it")
-    if processes == 1 or os.environ.get("WORLD_SIZE"): return  # a launcher's, perhaps on several machines
     on_gpus = cfg.device.startswith("cuda") or cfg.device == "auto" and torch.cuda.is_available()
     there, what = (torch.cuda.device_count(), "GPUs") if on_gpus else (os.cpu_count() or 1, "cores")
-    if processes > there:
+    launcher = os.environ.get("WORLD_SIZE")  # it may have started them on several machines
+    if processes > max(1, there) and not launcher:
         raise LabError(f"processes={processes}: this machine has {there} {what} for them; use at most that")
+    if cfg.batch_size % processes:
+        raise LabError(f"batch_size={cfg.batch_size} does not divide among {processes} processes; use a multiple of it")
 
 # %% ../nbs/15_processes.ipynb #1a27fed8
 def accelerator_of(cfg: Config):

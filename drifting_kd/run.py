@@ -4,13 +4,13 @@
 
 # %% ../nbs/01_run.ipynb #99906fa6
 from __future__ import annotations
-import contextlib, datetime, json, os, re, socket, time, warnings
+import contextlib, datetime, errno, json, os, re, socket, time, warnings
 from pathlib import Path
 from fastcore.basics import patch
 from filelock import FileLock, Timeout
 from .core import (
-    Config, LabError, PLUGINS, SCHEMA, atomic_write, brief, environment, launched, parse_json, plain, read_json,
-    read_text, runs_folder, writable_folder, write_json)
+    Config, LabError, PLUGINS, SCHEMA, atomic_write, brief, cannot_read, environment, launched, parse_json, plain,
+    read_json, read_text, runs_folder, some_of, writable_folder, write_json)
 
 # %% auto #0
 __all__ = ['MOST_METRICS', 'try_lock', 'holder', 'locked', 'lock_folder', 'folder_held', 'Hold', 'Run', 'run_state', 'is_held',
@@ -54,13 +54,15 @@ def locked(path: Path,           # a file for the lock; its folder is made
     finally: lock.release()
 
 # %% ../nbs/01_run.ipynb #c3bbe022
-def lock_folder(path: Path) -> int | None: # a descriptor that holds the lock while it is open
-    "A lock on a folder; None where another process has it, -1 where there is no such lock."
+def lock_folder(path: Path,
+                shared: bool = False, # to look: others may look at the same time
+               ) -> int | None:       # a descriptor that holds the lock while it is open
+    "A lock on a file or folder; None where another process has it, -1 where there is no such lock."
     try: import fcntl
     except ImportError: return -1  # Windows
     handle = os.open(path, os.O_RDONLY)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         return handle
     except OSError as e:
         os.close(handle)
@@ -68,8 +70,8 @@ def lock_folder(path: Path) -> int | None: # a descriptor that holds the lock wh
 
 # %% ../nbs/01_run.ipynb #c2de9955
 def folder_held(path: Path) -> bool:
-    "Does another process hold the folder? Looking takes a moment in which it is held."
-    try: handle = lock_folder(path)
+    "Does another process hold the folder? Those that look do not see each other."
+    try: handle = lock_folder(path, shared=True)
     except FileNotFoundError: return False
     if handle is None: return True
     if handle >= 0: os.close(handle)
@@ -116,22 +118,19 @@ def run_state(path: Path) -> str:
     if (path / "metrics.json").exists(): return "finished"
     if str(path) in Run.held: return "running"
     try: held = folder_held(path) or (path / ".lock").exists() and is_held(path / ".lock")
-    except OSError as e: raise LabError(f"{path / '.lock'} is no lock ({e.strerror or e}); move it away") from None
+    except IsADirectoryError: raise LabError(f"{path / '.lock'} is a folder, no lock; move it away") from None
+    except OSError as e: raise cannot_read(path / ".lock", e) or LabError(f"{path / '.lock'}: {e}") from None
     return "running" if held else "stopped"
 
 # %% ../nbs/01_run.ipynb #88897526
 def is_held(path: Path) -> bool:
     "Does another process hold the lock? Nothing is written."
-    if os.access(path, os.W_OK):
-        lock = FileLock(path, thread_local=False)
-        try: lock.acquire(blocking=False)
-        except Timeout: return True
-        lock.release()
-        return False
-    import fcntl  # filelock opens for writing
-    with open(path) as handle:
-        try: fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError: return True
+    if path.is_dir(): raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
+    if os.name == "posix": return folder_held(path)
+    lock = FileLock(path, thread_local=False)
+    try: lock.acquire(blocking=False)
+    except Timeout: return True
+    lock.release()
     return False
 
 # %% ../nbs/01_run.ipynb #880a723c
@@ -174,8 +173,11 @@ def _take_lock(self: Run) -> None:
     if old := Run.held.pop(str(self.path), None): old.release()
     for _ in range(20):  # somebody may be looking (`run_state`) at this very moment
         if (folder := lock_folder(self.path)) is not None:
-            if lock := try_lock(self.path / ".lock"): break
-            if folder >= 0: os.close(folder)
+            lock = None
+            try: lock = try_lock(self.path / ".lock")
+            finally:
+                if lock is None and folder >= 0: os.close(folder)
+            if lock: break
         time.sleep(0.05)
     else:
         raise LabError(f"run {self.name} is being written by {holder(self.path / '.lock')}; "
@@ -270,8 +272,9 @@ def _find_named(self: Run, path: Path) -> Path | None:
 def _differs(self: Run, runs: dict) -> LabError:
     "The error that names what the nearest of these runs has different."
     near = min(runs, key=lambda p: len(self.cfg.differs(runs[p])))
+    other = some_of(self.cfg.differs(runs[near])) or "its hash is not that of its parameters, so it was edited"
     return LabError(f"resume=True, but unfinished run {near.name} has another configuration: "
-                    f"{'; '.join(self.cfg.differs(runs[near]))}; use its values, or resume=False")
+                    f"{other}; use its values, or resume=False")
 
 # %% ../nbs/01_run.ipynb #d4f3373f
 @patch
@@ -353,11 +356,11 @@ def list_runs(folder: Path | None = None) -> list[dict]:
     "Every run, newest first; a damaged one is a row that says what is wrong."
     rows, folder = [], folder or runs_folder()
     for path in folder.iterdir() if folder.is_dir() else ():
-        dangling = path.is_symlink() and not path.exists()
-        if not dangling and not os.path.lexists(path / "config.json"): continue
         try:
-            if dangling: raise LabError(f"{path} is a link to nothing; restore its target")
-            rows.append(_row(path))
+            if path.is_symlink() and not path.exists():
+                raise LabError(f"{path} is a link to nothing; restore its target")
+            if path.is_dir() and not os.access(path, os.X_OK): raise LabError(f"{path} may not be entered")
+            if os.path.lexists(path / "config.json"): rows.append(_row(path))
         except (LabError, OSError) as e:
             nothing = dict(kind="?", step=0, epoch=0, metrics={}, age=0.0)
             rows.append(dict(name=path.name, state=f"unreadable: {e}", path=path, **nothing))

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from fastcore.basics import patch
 from .core import (
-    LabError, brief, check_run_name, find_plugin, plugin_words, project_root, read_json, runs_folder, unknown)
+    LabError, brief, check_run_name, find_plugin, otherwise, plugin_words, project_root, read_json, runs_folder,
+    some_of, unknown)
 from .run import is_held, run_state
 
 # %% auto #0
@@ -277,8 +278,8 @@ def _as_given(run: dict, path: Path, what: str) -> bool:
     def same(k, v): return v == there.get(k) or as_text(v) in (as_text(there.get(k)), as_text(given.get(k)))
     now = {p.name: p.sha256 for p in map(find_plugin, plugin_words(run.get("plugins", "")))}
     run = {k: v for k, v in run.items() if k != "plugins"} | dict(plugins_sha256=now)
-    if other := [f"{k} (there {there.get(k)!r}, here {v!r})" for k, v in run.items() if not same(k, v)]:
-        raise LabError(f"run {path.name} {what} with other parameters: {'; '.join(other)}; "
+    if other := [otherwise(k, there.get(k), v) for k, v in run.items() if not same(k, v)]:
+        raise LabError(f"run {path.name} {what} with other parameters: {some_of(other)}; "
                        f"use another name, or move {path} away")
     return True
 

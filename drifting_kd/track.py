@@ -452,6 +452,9 @@ def resolve_artifact(reference: str,                # "model-<run>:best"; withou
         if not patience or time.time() - path.stat().st_mtime > 5: break
         patience -= 1
         time.sleep(.1)  # it was written just now: the index may follow
+    if path.parent.name == "checkpoints" and path.stat().st_mtime > known[key]["time"]:
+        raise LabError(f"artifact {key}: the run saved {path} once more and was stopped before that was recorded; "
+                       "resume the run, or give the file itself")
     raise LabError(f"artifact {key}: {path} has changed since it was recorded (sha256 {sha[:12]}, "
                    f"recorded {recorded[:12]}); restore it, or record it again")
 

@@ -11,7 +11,7 @@ import torch
 from fastcore.basics import patch
 from torch import nn
 from .core import (
-    LabError, choose_device, launched, leave_at_exit, mix, plain, read_json, unknown, write_json)
+    LabError, choose_device, launched, leave_at_exit, mix, plain, read_json, some_of, unknown, write_json)
 from .run import Run, read_environment
 from .track import start_tracker
 from .sources import load_array
@@ -419,8 +419,7 @@ def _check_continues(self: Loop, path: Path, c: dict) -> None:
                        "use another of the run's checkpoints")
     check_parts(path, kinds_of_parts(c))
     if other := self.cfg.differs(plain(c["config"])):
-        more = [f"and {len(other) - 4} more"] * (len(other) > 4)
-        raise LabError(f"checkpoint {path} is of another run: {'; '.join(other[:4] + more)}; use one of this run's")
+        raise LabError(f"checkpoint {path} is of another run: {some_of(other)}; use one of this run's")
     told, images = c["task"].get("data_sha256"), c["loop"].get("data", {})  # an earlier version kept the first only
     known = [(k, v) for then in (dict(sha256=told), images) for k, v in then.items() if v is not None]
     if any(self.images.get(k, v) != v for k, v in known): raise self.other_images()
