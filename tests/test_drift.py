@@ -64,7 +64,7 @@ def test_two_processes_share_the_groups(lab):
     assert abs(first - sum(shares) / 2) < 1e-4 * first and abs(shares[0] - shares[1]) > 1e-3, (first, shares)
     assert json.loads((lab / "runs/two/metrics.json").read_text())["processes"] == 2
 
-REFUSED = [(dict(temps=[0.1, 0.0]), "temperatures above 0"), (dict(alpha=9.0), "outside what is trained"),
+REFUSED = [(dict(temps=[0.1, 0.0]), "between 0.001"), (dict(alpha=9.0), "outside what is trained"),
            (dict(groups=11), "has 10 classes"), (dict(positives=900), "use at most"),
            (dict(model="resnet8"), "model='resnet8' is not known"), (dict(encoder="no-such"), "is no run"),
            (dict(judge="mnist"), "28 pixels")]
