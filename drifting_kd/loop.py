@@ -7,7 +7,7 @@ from __future__ import annotations
 import math, os, sys, time
 from dataclasses import dataclass, field
 from fastcore.basics import patch
-from .core import Config, LabError, brief, param
+from .core import Config, LabError, param
 from .optim import lr_at
 
 # %% auto #0
@@ -68,13 +68,6 @@ class OptimizerConfig(MachineConfig):
     milestones: tuple = param((0.5, 0.75), "fractions of training where step divides the rate by ten",
                               low=1e-6, high=0.999999)
     final_lr: float = param(0.0, "where cosine ends, as a fraction of lr", low=0, high=1)
-
-    def __post_init__(self):
-        super().__post_init__()
-        if any(not 0 <= b < 1 for b in self.betas):
-            raise LabError(f"betas={brief(self.betas)}: expected numbers from 0 to below 1")
-        if any(not 0 < m < 1 for m in self.milestones):
-            raise LabError(f"milestones={brief(self.milestones)}: expected fractions of training between 0 and 1")
 
 # %% ../nbs/31_loop.ipynb #add63156
 @dataclass
