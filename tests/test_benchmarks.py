@@ -52,6 +52,10 @@ def test_fid(bench):
     found = bench("fid", "--images", 20, "--dims", 16, "--repeats", 1)
     assert len(found["pixels"]["ways"]) == 4 and found["trace"]["relative_difference"] < 1e-6
 
+@pytest.mark.parametrize("name", ["data", "fid", "kd", "loop"])
+def test_what_the_readme_quotes_is_of_a_clean_commit(name):
+    assert read_json(FOLDER / f"results/{name}.json")["environment"]["git"]["dirty"] is False
+
 @pytest.mark.slow
 def test_fid_agrees_with_clean_fid(bench):
     assert max(v for k, v in bench("fid", "--agreement", "--dims", 32)["rows"].items() if "pixels" not in k) < 1e-6
