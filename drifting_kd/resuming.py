@@ -46,20 +46,25 @@ def kinds_of_parts(c: dict):
     told = facts.get("data_sha256", "")
     yield "task.data_sha256", told, lambda: isinstance(told, str), "a hash"
 
+# %% ../nbs/17_resuming.ipynb #584916b9
+def _are_metrics(metrics) -> bool:
+    "Numbers by name, and what a task told of itself, which has no slash in its name."
+    named = isinstance(metrics, dict) and all(isinstance(name, str) for name in metrics)
+    numbers = named and all(v is None or type(v) in (int, float) for name, v in metrics.items() if "/" in name)
+    return bool(numbers and json.dumps(metrics, allow_nan=False))
+
 # %% ../nbs/17_resuming.ipynb #1aaffeef
 def parts_at_step(c: dict,
                   due,          # the Cadence of the run that goes on
                   monitor: str, # the metric that selects
                  ):
     "Step, epoch, metrics, and what was best: all that must agree with the cadence."
-    step, metrics, best = c["step"], c["metrics"], c["loop"].get("best", ...)
+    step, metrics, best = c["step"], c["metrics"], c["loop"].get("best", "missing")
     yield ("step", step, lambda: _whole(step, 1, due.total) and due.saves(step),
            f"a step up to {due.total:,} after which this run saves")
     yield "epoch", c["epoch"], lambda: _whole(c["epoch"], 0, step) and c["epoch"] == step // due.epoch, "the step's"
     def number(name): return type(metrics[name]) in (int, float)
-    def are_metrics():
-        named = isinstance(metrics, dict) and all(isinstance(name, str) for name in metrics)
-        return named and json.dumps(metrics, allow_nan=False) and (step < due.log_every or number("train/loss"))
+    def are_metrics(): return _are_metrics(metrics) and (step < due.log_every or number("train/loss"))
     yield "metrics", metrics, are_metrics, "finite numbers, texts and lists by name, train/loss among them"
     def is_best():
         value, at = (best[k] for k in ("value", "step"))

@@ -444,7 +444,7 @@ def _load(self: Loop, path: Path, c: dict) -> None:
                        "use one of this run's, made by this version") from None
     try: set_random_state(c["rng"])
     except Exception as e:  # whatever stands there instead
-        raise strange(path, "rng", ' '.join(str(e).split())[:100]) from None
+        raise strange(path, "rng", ' '.join(str(e).split())[:200]) from None
 
 # %% ../nbs/32_train.ipynb #d66a6683
 @patch
