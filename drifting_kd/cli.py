@@ -115,6 +115,13 @@ def _names(text: str, name: str) -> bool:
     "Whether a text holds the name of a run, and not a longer one."
     return re.search(rf"(?<![\w.+=-]){re.escape(name)}(?![\w+=-])", text) is not None
 
+# %% ../nbs/70_cli.ipynb #766849f1
+def _outputs(notebook: Path) -> str:
+    "What the cells of an executed notebook said; not their sources, which hold its parameters."
+    try: found = json.loads(notebook.read_text(encoding="utf-8"))["cells"]
+    except (OSError, ValueError, KeyError, TypeError): return ""
+    return json.dumps([c.get("outputs") for c in found])
+
 # %% ../nbs/70_cli.ipynb #eb24ca8c
 def _made(before: dict,  # the marks before the notebook ran
           output: Path,  # the notebook, executed
@@ -122,11 +129,11 @@ def _made(before: dict,  # the marks before the notebook ran
          ) -> Path | None:
     "The run that a notebook made or continued."
     changed = [path for path, mark in _marks().items() if mark != before.get(path)]
-    text = output.read_text(encoding="utf-8") if output.exists() else ""
+    text = _outputs(output)
     def alike(path: Path) -> int:
         try: config = read_json(path / "config.json")
         except LabError: return -1
-        return sum(as_text(config.get(name)) == as_text(value) for name, value in given.items())
+        return sum(as_text(config.get(k)) == as_text(v) for k, v in given.items() if k != "run_name")
     named = [path for path in changed if _names(text, path.name)]
     return max(named or changed, key=lambda path: (alike(path), (path / "config.json").stat().st_mtime), default=None)
 
