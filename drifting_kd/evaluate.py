@@ -35,7 +35,7 @@ from .scores import (
     CONTEXT, EvaluateConfig, MEASURES, SETTINGS, at_floor_n, best_row, class_captions, distance_of, find_row, float_of,
     read_rows, sampling_columns, scores, write_row)
 from .curves import distance_vs_step, neighbours_grid
-from .subjects import Subject, check_fits, own_judge, still_there
+from .subjects import Subject, check_fits, own_alpha, own_judge, still_there
 
 # %% auto #0
 __all__ = ['NETWORKS', 'Evaluator', 'check_one_kind', 'claim_folder', 'is_complete', 'Plan', 'words_before', 'clean_up',
@@ -73,6 +73,14 @@ def check_one_kind(kinds: dict) -> None: # (guidance strength, averaged or not) 
     raise LabError(f"these checkpoints do not compare: {', '.join(told)}; evaluate each kind by itself, "
                    "or with alpha=1 or ema=False what differs in that alone")
 
+# %% ../nbs/56_evaluate.ipynb #53a8027e
+@patch
+def sampling(self: Evaluator, subject: Subject) -> dict:
+    "All settings that the images of a checkpoint depend on."
+    cfg = self.cfg
+    given = dict(alpha=cfg.alpha or own_alpha(subject.config), sampler=cfg.sampler, steps=cfg.sample_steps)
+    return used_sampling(subject.model, **{k: v for k, v in given.items() if v})
+
 # %% ../nbs/56_evaluate.ipynb #8c3a48d0
 @patch
 def choose(self: Evaluator) -> list[Checkpoint]:
@@ -82,7 +90,7 @@ def choose(self: Evaluator) -> list[Checkpoint]:
         if (subject := still_there(checkpoint, cfg.ema)) is None: continue
         if not found: self.open_data(subject)
         check_fits(subject, self.data)
-        alpha = used_sampling(subject.model, alpha=cfg.alpha).get("alpha", math.nan)
+        alpha = self.sampling(subject).get("alpha", math.nan)
         kinds.setdefault((alpha, subject.ema), subject.name)
         found.append(checkpoint)
     found = gathered(found, self.world)[0]
@@ -135,7 +143,7 @@ def reference_columns(self: Evaluator) -> dict:
 @patch
 def settings(self: Evaluator, subject: Subject) -> dict:
     "What the numbers of a checkpoint depend on."
-    cfg, judge, used = self.cfg, self.judge, used_sampling(subject.model, alpha=self.cfg.alpha)
+    cfg, judge, used = self.cfg, self.judge, self.sampling(subject)
     found = dict(dataset=self.data.name, num_samples=cfg.num_samples, seed=cfg.seed, extractor=judge.name,
                  mode=judge.mode, judge_sha256=judge.sha256, dataset_split=cfg.dataset_split, ema=subject.ema)
     return found | sampling_columns(used) | self.reference_columns()
@@ -318,7 +326,7 @@ def sample_subject(e: Evaluator, subject: Subject, artifact: Path) -> Sampled:
     see = png_writer(artifact / "generated") if cfg.save_images else None
     return sample_stats(subject.model, e.judge, condition, cfg.num_samples, cfg.seed, cfg.batch_size,
                         artifact / ".state", cfg.save_every, see, (e.rank, e.world),
-                        **used_sampling(subject.model, alpha=cfg.alpha))
+                        **e.sampling(subject))
 
 # %% ../nbs/56_evaluate.ipynb #e550faa7
 def report_line(subject: Subject, score: Score, s: Sampled, seconds: float, remarks: list) -> str:
@@ -377,7 +385,7 @@ def take(e: Evaluator, checkpoint: Checkpoint, told: Told, result: Evaluation) -
     e.asked.append(row)
     plan = plan_for(e, subject, row) if e.rank == 0 else Plan()
     plan.why, plan.words, plan.artifact = gathered((plan.why, plan.words, plan.artifact), e.world)[0]
-    if (alpha := row.get("alpha", e.cfg.alpha)) != e.cfg.alpha:
+    if e.cfg.alpha and (alpha := row.get("alpha", e.cfg.alpha)) != e.cfg.alpha:
         e.say(f"{subject.name}: a generator without guidance, so alpha is {alpha:g}, not {e.cfg.alpha:g}")
     if plan.why: return e.say(f"{subject.name}: {plan.why}")
     try: sample_and_score(e, subject, plan, told)

@@ -11,19 +11,20 @@ import torch
 from fastcore.basics import patch
 from matplotlib.figure import Figure
 from torch import Tensor, nn
-from .core import LabError, generator, mix, param, unknown
+from .core import LabError, generator, mix, param, split_words, unknown
 from .run import Run
 from .data import Dataset, Split
 from .plots import save_figure
 from .gallery import class_grid
 from .images import to_uint8
 from .extractors import Extractor, as_extractor, default_judge, prompt_accuracy
-from .fid import Stats, reference_stats
+from .fid import Stats, load_stats, reference_stats
 from .variety import variance_ratio
+from .perception import clip_score, load_clip, sample_diversity
 from .train import FitConfig, Task
 
 # %% auto #0
-__all__ = ['NOISE_BLOCK', 'draw_noise', 'Prompts', 'part_of', 'captions', 'classes_of', 'labels_like', 'check_condition',
+__all__ = ['NOISE_BLOCK', 'LOOKS', 'draw_noise', 'Prompts', 'part_of', 'captions', 'classes_of', 'labels_like', 'check_condition',
            'check_alpha', 'used_sampling', 'makes_images', 'sample_batches', 'sample', 'GenerateConfig',
            'in_training_judge', 'Generate', 'caption_grid']
 
@@ -187,6 +188,9 @@ def sample(model: nn.Module,
     batches = sample_batches(model, condition, n, seed, **sampling)
     return torch.cat([to_uint8(x.float(), "signed").cpu() for x in batches])
 
+# %% ../nbs/42_generate.ipynb #65d2aeb1
+LOOKS = ("agreement", "variance", "diversity", "clip")
+
 # %% ../nbs/42_generate.ipynb #df6d43ef
 @dataclass
 class GenerateConfig(FitConfig):
@@ -194,6 +198,14 @@ class GenerateConfig(FitConfig):
     judge: str = param("", "what measures distances: a shipped judge, a run, none; empty is the data set's own")
     eval_samples: int = param(1000, "generated images an evaluation in training", low=2, high=1_000_000)
     num_samples: int = param(2000, "generated images of the evaluation at the end", low=2, high=1_000_000)
+    reference: str = param("", "a .npz of statistics to compare with in training; empty is the validation images")
+    eval_metrics: str = param("agreement,variance", "beside the distance: agreement, variance, diversity, clip")
+    clip_model: str = param("openai/clip-vit-base-patch32", "CLIP for clip: a name or a local folder")
+
+    def __post_init__(self):
+        super().__post_init__()
+        for word in split_words(self.eval_metrics):
+            if word not in LOOKS: raise unknown("word in eval_metrics:", word, LOOKS)
 
     def sampling(self) -> dict:
         "The settings that samples are looked at with, as `used_sampling` knows them."
@@ -224,6 +236,8 @@ class Generate(Task):
         super().__init__(model)
         self.data, self.cfg, self.steps_done, self.references = data, cfg, 0, {}
         self.judge = in_training_judge(cfg.judge, data)
+        if cfg.reference: self.references["val"] = load_stats(cfg.reference, self.judge)
+        if "clip" in split_words(cfg.eval_metrics): self.clip = load_clip(cfg.clip_model)
         if self.judge: self.monitor = (f"eval/{self.judge.column}", "min")
 
     def setup(self, device, rank: int = 0, world: int = 1) -> None:
@@ -269,20 +283,35 @@ def reference(self: Generate, split: str) -> Stats:
         self.references[split] = reference_stats(getattr(self.data, split), self.judge, keep=True)
     return self.references[split]
 
+# %% ../nbs/42_generate.ipynb #ce298a28
+@patch
+def judged(self: Generate, images: Tensor, condition: Tensor | Prompts | None, split: str, words: list) -> dict:
+    "Distance, class agreement and spread within classes."
+    judge, known, real = self.judge, self.reference(split), getattr(self.data, split)
+    features = judge(images)
+    found, labels = {judge.column: known.distance(Stats.of(features, judge))}, classes_of(condition)
+    if labels is None: return found
+    if "agreement" in words and judge.head is not None:
+        found["prompt_accuracy"] = prompt_accuracy(judge, features, labels)
+    paired = known.features is not None and len(known.features) == len(real)
+    if "variance" in words and paired and _two_of_each(labels, real.labels, self.data.num_classes):
+        found["variance_ratio"] = variance_ratio(known.features, real.labels, features, labels)[0]
+    return found
+
 # %% ../nbs/42_generate.ipynb #ba965077
 @patch
-def evaluate(self: Generate, model: nn.Module, split: str) -> dict:
+def evaluate(self: Generate, model: nn.Module, split: str, **sampling) -> dict:
     "Distance, class agreement and spread within classes, against the images of a split."
-    real, judge, n = getattr(self.data, split), self.judge, self.cfg.eval_samples
-    if judge is None or len(real) < 2: return {}
-    condition = self.condition(real, n)
-    features = judge(self.sample(model, condition, n, mix(self.cfg.seed, _LOOK)))
-    known = self.reference(split)
-    found = {judge.column: known.distance(Stats.of(features, judge))}
-    if (labels := classes_of(condition)) is not None:
-        if judge.head is not None: found["prompt_accuracy"] = prompt_accuracy(judge, features, labels)
-        if _two_of_each(labels, real.labels, self.data.num_classes):
-            found["variance_ratio"] = variance_ratio(known.features, real.labels, features, labels)[0]
+    real, words = getattr(self.data, split), split_words(self.cfg.eval_metrics)
+    beyond = [w for w in words if w in ("diversity", "clip")]  # these need no judge
+    if self.judge is None and not beyond or len(real) < 2: return {}
+    condition, n = self.condition(real, self.cfg.eval_samples), self.cfg.eval_samples
+    images = self.sample(model, condition, n, mix(self.cfg.seed, _LOOK), **sampling)
+    found = self.judged(images, condition, split, words) if self.judge else {}
+    if "diversity" in beyond: found["sample_diversity"] = sample_diversity(images, classes_of(condition))
+    if "clip" in beyond:
+        words = captions(condition, self.data.classes, n)
+        found["clip_score"] = clip_score(images, words, self.clip, device=self.device)
     return {f"{'eval' if split == 'val' else split}/{k}": v for k, v in found.items()}
 
 # %% ../nbs/42_generate.ipynb #9c1708e6

@@ -15,7 +15,8 @@ __all__ = ['CONFIGS', 'KNOWN_FILE', 'config_class', 'live_names', 'collect', 'wr
            'check_source']
 
 # %% ../nbs/62_known.ipynb #6be0f0c8
-CONFIGS = dict(TrainConfig="classify", DistillConfig="distill", DriftConfig="drifting", JudgeConfig="judges",
+CONFIGS = dict(TrainConfig="classify", DistillConfig="distill", DriftConfig="drifting", DiffuseConfig="diffusion",
+               JudgeConfig="judges",
                EvaluateConfig="scores", ReportConfig="report", SolutionsConfig="solutions")  # class -> its module
 
 # %% ../nbs/62_known.ipynb #00741a7c
@@ -39,13 +40,15 @@ def _optimizers() -> list[str]:
 def live_names() -> dict[str, list[str]]:
     "Every name that can be chosen, from the tables as they are now."
     from drifting_kd.extractors import shipped_judges
+    from drifting_kd.denoisers import list_denoisers
     from drifting_kd.generators import list_generators
     from drifting_kd.kd import METHODS
     from drifting_kd.models import list_models
     from drifting_kd.sources import ALIASES, SOURCES
     from drifting_kd.train import TASKS
     from drifting_kd.features import FEATURE_WEIGHTS
-    found = dict(classifiers=list_models(), generators=list_generators(), optimizers=_optimizers(),
+    found = dict(classifiers=list_models(), generators=list_generators(), denoisers=list_denoisers(),
+                optimizers=_optimizers(),
                  datasets=[*SOURCES, *ALIASES], methods=METHODS, parts=_method_parts(), tasks=TASKS,
                  judges=["none", "inception", "dinov2", *shipped_judges()], features=FEATURE_WEIGHTS,
                  devices=["auto", "cpu", "cuda", "mps"])
@@ -55,9 +58,11 @@ def live_names() -> dict[str, list[str]]:
 _NAMED = dict(optimizer="optimizers", dataset="datasets", task="tasks", teacher_models="classifiers", judge="judges",
               extractor="judges", feature="features", device="devices")  # parameter -> table
 
+_MODELS = dict(DriftConfig="generators", DiffuseConfig="denoisers")  # a configuration's networks
+
 def _table(config: str, field: str) -> str:
     "The table of a parameter; an empty text where its value is no name."
-    if field == "model": return "generators" if config == "DriftConfig" else "classifiers"
+    if field == "model": return _MODELS.get(config, "classifiers")
     if field == "method": return "methods" if config == "DistillConfig" else ""
     return _NAMED.get(field, "")
 

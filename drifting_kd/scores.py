@@ -36,7 +36,10 @@ class SampleConfig(Parameters):
     ema: bool = param(True, "the averaged weights, where the run kept them")
     num_samples: int = param(50_000, "images a checkpoint", low=2, high=10**7)
     batch_size: int = param(256, "images a forward pass; the samples do not depend on it", low=1, high=1_000_000)
-    alpha: float = param(1.5, "guidance strength; a generator without guidance has its own", low=0, high=1000)
+    alpha: float = param(1.5, "guidance strength, 0 is the run's own; a generator without guidance has its own", low=0,
+                         high=1000)
+    sampler: str = param("", "sampler of a diffusion model; empty is the run's own")
+    sample_steps: int = param(0, "its steps; 0 is the run's own", low=0, high=10_000)
     seed: int = param(42, "seed of noise and labels", low=0, high=2**63 - 1)
 
 # %% ../nbs/53_scores.ipynb #cb85e9a8

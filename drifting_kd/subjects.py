@@ -77,7 +77,7 @@ def own_judge(config: dict) -> str:
 # %% ../nbs/55_subjects.ipynb #a77a8c93
 def own_alpha(config: dict) -> float:
     "The strength that a run looked at its samples with."
-    return config.get("alpha") or 1.
+    return config.get("alpha") or config.get("guidance") or 1.
 
 # %% ../nbs/55_subjects.ipynb #c392f67f
 def dataset_split(text: str) -> tuple[str, str] | None:

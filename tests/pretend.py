@@ -146,7 +146,7 @@ def watched():
 
 def everywhere() -> None:
     "From here on `auto` is the device, and every step but a task's first is watched."
-    from drifting_kd import cache, core, data, drifting, evaluate, train  # noqa: F401 (evaluate chooses a device, too)
+    from drifting_kd import cache, core, data, diffusion, drifting, evaluate, train  # noqa: F401 (evaluate chooses a device, too)
 
     torch.tensor, torch.as_tensor, torch.inference_mode = (
         _by_way_of_the_host(torch.tensor),
@@ -164,7 +164,7 @@ def everywhere() -> None:
     def train_step(self, group):
         with watched() if self.step else contextlib.nullcontext(): step(self, group)
     train.Loop.train_step = train_step
-    for batches in (data.Batches, drifting.Draws, cache.HostBatches):
+    for batches in (data.Batches, drifting.Draws, diffusion.NoisedBatches, cache.HostBatches):
         def each(self, own=batches.__iter__):
             batches = own(self)
             for i in range(len(self)):

@@ -76,7 +76,7 @@ def test_gpu(bench):
 @pytest.mark.slow
 def test_nearly_all_of_gpu(bench):
     "All but `evaluation`, which looks at 400 images through Inception: a minute and a half without a GPU."
-    names = "training", "determinism", "overhead", "optimizers", "distillation"
+    names = "training", "determinism", "overhead", "optimizers", "diffusion_step", "distillation"
     found = on_cpu(bench, 1000, *names)
     assert all("error" not in found[name] for name in names)
 

@@ -27,6 +27,9 @@ DRIFT = SMALL | dict(
     warmup=1,
     eval_samples=60,
 )
+DIFFUSE = SMALL | dict(
+    family="diffuse", steps=4, batch_size=40, limit=300, eval_every=2, warmup=1, eval_samples=40, sample_steps=2
+)
 DISTILL = SMALL | dict(
     family="distill", val_fraction=0.3, model="judge", teacher_models="judge judge", teacher_epochs=6, crop_padding=1
 )
@@ -46,10 +49,11 @@ def trained(settings: dict, code: str = "") -> dict:
         DRIFT,
         DRIFT | dict(queue=20, model="unet_tiny"),
         DRIFT | dict(model="dit_tiny", chunk=4, encoder="mae", encoder_epochs=1, multi_scale=False),
+        DIFFUSE | dict(guidance=2.0, power_averages=2, accumulation=2),
         DISTILL | dict(method="dynamic", confidences="crossfit", feature="fitnet"),
         DISTILL | dict(epochs=2, method="confidence", cache="ahead"),
     ],
-    ids=["classify", "bf16", "drift", "queue", "encoder", "distill", "cache"],
+    ids=["classify", "bf16", "drift", "queue", "encoder", "diffuse", "distill", "cache"],
 )
 def test_a_family_trains_where_the_data_are(lab, settings):
     assert trained(SMALL | settings) == {}
@@ -87,6 +91,8 @@ def test_notebooks_run_where_the_data_are(lab):
         ("train", dict(common, epochs=1, seed=1, run_name="b")),
         ("solutions", dict(pattern="[ab]", images=200)),
         ("drift", dict(common, run_name="d", **samples)),
+        ("diffuse", dict(common, run_name="f", steps=4, warmup=1, batch_size=40, eval_every=2, eval_samples=60,
+                         num_samples=120, sample_steps=2)),
         ("evaluate", dict(checkpoint="d", num_samples=100)),
         ("evaluators", dict(device="auto", epochs=1, images=60)),
         (

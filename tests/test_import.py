@@ -9,7 +9,7 @@ HEAVY = (
     "papermill nbclient nbdev IPython yaml requests"
 ).split()
 LIGHT = ("core", "sweep", "cli")                         # not even torch
-DRAW = """plots gallery charts report judges drift generate drifting features teachers distill
+DRAW = """plots gallery charts report judges drift generate drifting diffusion request features teachers distill
 samples scores curves subjects evaluate students""".split()
 ALLOWED = {name: {"matplotlib", "PIL"} for name in DRAW}  # all but the first draw with plots
 

@@ -56,8 +56,8 @@ def test_library_notebook_exports_its_module(path):
     )
 
 
-ROOMS = """core run track metrics sources data plots models checkpoints generators images extractors fid optim
-loop train classify analysis report drift encoders generate drifting kd features teachers distill
+ROOMS = """core run track metrics sources data plots models checkpoints generators text denoisers images extractors fid
+optim loop train classify analysis report drift encoders generate drifting kd features teachers distill
 judges scores evaluate sweep cli""".split()
 
 def test_rooms_stand_in_the_order_of_the_design():

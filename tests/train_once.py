@@ -1,6 +1,6 @@
 """One training in a process of its own: python tests/train_once.py '{"epochs": 3}' [code]
 
-Exit code 1 and one line on an error. "family": "drift" trains a generator, "distill" a student.
+Exit code 1 and one line on an error. "family": "drift" and "diffuse" train generators, "distill" a student.
 """
 
 import atexit, json, os, sys
@@ -14,6 +14,8 @@ def main() -> None:
     if len(sys.argv) > 2: exec(sys.argv[2], globals())
     if family == "drift":
         from drifting_kd.drifting import Drift as Task, DriftConfig as Config, drifter as make
+    elif family == "diffuse":
+        from drifting_kd.diffusion import Diffuse as Task, DiffuseConfig as Config, denoiser as make
     elif family == "distill":
         from drifting_kd.distill import Distill as Task, DistillConfig as Config
         make = classifier
