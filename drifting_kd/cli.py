@@ -16,7 +16,8 @@ from .known import check_known, check_source
 # %% auto #0
 __all__ = ['KEY_METRICS', 'COMMANDS', 'find_notebook', 'parameters_cell', 'declared', 'cast', 'config_read', 'parameters',
            'NeverStarted', 'execute', 'run_command', 'table', 'notebook_of', 'runs_command', 'sweep_command',
-           'compare_command', 'fid_command', 'reference_command', 'evaluate_command', 'parser', 'main']
+           'compare_command', 'fid_command', 'reference_command', 'evaluate_command', 'generate_command', 'parser',
+           'main']
 
 # %% ../nbs/70_cli.ipynb #953954db
 def _no_project() -> LabError:
@@ -378,6 +379,16 @@ def reference_command(args) -> int:
           f"{stats.dims} dimensions, sha256 {stats.sha256[:12]}")
     return 0
 
+# %% ../nbs/70_cli.ipynb #debb1ab4
+def _score(file, args) -> int:
+    "A generator's checkpoint: a row of its run's table."
+    from drifting_kd.evaluate import evaluate
+    from drifting_kd.scores import EvaluateConfig, score_table
+    settings = dict(checkpoint=str(file.path), alpha=0., num_samples=args.num, data_root=args.data_root)
+    found = evaluate(EvaluateConfig(**settings, device=args.device, tracker=args.tracker))
+    print(f"{_show(found.folder / 'fid_metrics.csv')}\n{score_table(found.rows).to_string()}")
+    return 0
+
 # %% ../nbs/70_cli.ipynb #57403aca
 def evaluate_command(args) -> int:
     "`dkd evaluate`"
@@ -386,8 +397,22 @@ def evaluate_command(args) -> int:
     from drifting_kd.students import evaluate_student
     file = find(args.source)
     print(f"{_show(file.path)}, step {file.facts['step']:,}")
+    if file.facts["task"].get("kind") == "generator": return _score(file, args)
     found = evaluate_student(file.path, args.split, args.teachers, args.device, args.tracker, args.data_root)
     for name, value in found.items(): print(f"{name:24} {value:.4f}")
+    return 0
+
+# %% ../nbs/70_cli.ipynb #284949c7
+def generate_command(args) -> int:
+    "`dkd generate`"
+    load_plugins(args.plugins)
+    from drifting_kd.request import make_images, prompts_of
+    given = dict(alpha=args.guidance, steps=args.steps, sampler=args.sampler)
+    made = make_images(args.source, prompts_of(args.prompt, args.prompts), args.num, args.seed, args.out, args.which,
+                       args.step, args.device, **{k: v for k, v in given.items() if v})
+    settings = ", ".join(f"{k} {v}" for k, v in made.sampling.items())
+    print(f"{_show(made.folder)}: {len(made.words)} images and grid.png of {made.name}; {settings}")
+    print(f"{made.calls} network calls and {made.seconds:.3g} s an image")
     return 0
 
 # %% ../nbs/70_cli.ipynb #fa875535
@@ -459,10 +484,11 @@ def _add_plugins(p) -> None:
 
 # %% ../nbs/70_cli.ipynb #ce7fb0f8
 def _evaluate_words(commands) -> None:
-    p = commands.add_parser("evaluate", help="accuracy, calibration and teacher agreement of a trained classifier: "
+    p = commands.add_parser("evaluate", help="a trained classifier (accuracy, calibration) or generator (distances): "
                                              "dkd evaluate RUN --split val")
     p.add_argument("source", metavar="RUN", help="a run, its folder, a checkpoint file, or an artifact: model-RUN:best")
-    p.add_argument("--split", choices=("val", "test"), default="test")
+    p.add_argument("--split", choices=("val", "test"), default="test", help="of a classifier")
+    p.add_argument("--num", type=int, default=2000, metavar="N", help="images of a generator")
     p.add_argument("--teachers", default="", help="to agree with, in words (default: those that it learnt from)")
     p.add_argument("--data-root", default="", metavar="FOLDER",
                    help="where its data are now (default: where they were)")
@@ -512,8 +538,28 @@ def _reference_words(commands) -> None:
     _add_judge(p)
     p.set_defaults(do=reference_command)
 
+# %% ../nbs/70_cli.ipynb #12375f2e
+def _generate_words(commands) -> None:
+    p = commands.add_parser("generate", help="images of a generator: dkd generate RUN --prompt 'the number 7'")
+    p.add_argument("source", metavar="RUN", help="a run, a checkpoint file or an artifact")
+    p.add_argument("--prompt", action="append", default=[], metavar="TEXT",
+                   help="what to show, several times if you like (default: each class)")
+    p.add_argument("--prompts", default="", metavar="FILE", help="a text file with a prompt a line")
+    p.add_argument("--num", type=int, default=16, metavar="N", help="images of each prompt")
+    p.add_argument("--seed", type=int, default=0)
+    p.add_argument("--steps", type=int, default=0, help="of the sampler (default: the run's own)")
+    p.add_argument("--guidance", type=float, default=0., help="1 is none (default: the run's own)")
+    p.add_argument("--sampler", default="", help="two_step, ddim, heun or ddpm (default: the run's own)")
+    p.add_argument("--which", default="", choices=("final", "last", "best"),
+                   help="of a run (default: the final weights, of an unfinished run the last)")
+    p.add_argument("--step", type=int, default=0, help="a numbered checkpoint of a run")
+    p.add_argument("--out", default="", metavar="FOLDER", help="where the images go (default: generated/ in the run)")
+    p.add_argument("--device", default="cpu")
+    _add_plugins(p)
+    p.set_defaults(do=generate_command)
+
 # %% ../nbs/70_cli.ipynb #d6380543
-COMMANDS = (_run_words, _runs_words, _many_words, _evaluate_words, _fid_words, _reference_words)
+COMMANDS = (_run_words, _runs_words, _many_words, _generate_words, _evaluate_words, _fid_words, _reference_words)
 
 def parser() -> argparse.ArgumentParser:
     "All commands with their words."
