@@ -182,7 +182,8 @@ def asked(self: Denoiser, tokens: Tensor, used: dict, free: bool = False) -> Cal
 @patch
 def _walk(self: Denoiser, answer: Callable, noise: Tensor, fresh: Callable, used: dict) -> tuple[Tensor, int]:
     "From noise to where the answers lead, and the calls that it took."
-    walk = Walk(self.path, self.predict, answer, lambda t: answer_calls(used, t))
+    inside = 0. if self.predict != "epsilon" else 5. if self.latents else 1.
+    walk = Walk(self.path, self.predict, answer, lambda t: answer_calls(used, t), inside)
     return SAMPLERS[used["sampler"]](walk, noise, walk_times(used["steps"], self.predict), fresh), walk.calls
 
 # %% ../nbs/44_diffusion.ipynb #a02e6338

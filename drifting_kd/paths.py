@@ -13,8 +13,7 @@ from .core import LabError, unknown
 
 # %% auto #0
 __all__ = ['PATHS', 'PREDICTIONS', 'TIME_WEIGHTS', 'SAMPLERS', 'Path', 'spread', 'path_of', 'snr', 'same_snr', 'target',
-           'image_and_noise', 'velocity', 'image_weight', 'loss_weight', 'Walk', 'ddim', 'ddpm', 'heun', 'two_step',
-           'walk_times']
+           'image_and_noise', 'image_weight', 'loss_weight', 'Walk', 'ddim', 'ddpm', 'heun', 'two_step', 'walk_times']
 
 # %% ../nbs/39_paths.ipynb #b95921d3
 @dataclass(frozen=True)
@@ -89,14 +88,6 @@ def image_and_noise(path: Path, predict: str,
     turn = a * ds - s * da
     return (ds * z - s * said) / turn, (a * said - da * z) / turn
 
-# %% ../nbs/39_paths.ipynb #b2e58778
-def velocity(path: Path, predict: str, z: Tensor, said: Tensor, t: Tensor | float) -> Tensor:
-    "Where z is heading, by what the network says."
-    if predict == "velocity": return said
-    x, noise = image_and_noise(path, predict, z, said, t)
-    da, ds = path.speeds(spread(t, z))
-    return da * x + ds * noise
-
 # %% ../nbs/39_paths.ipynb #05a7a6f1
 def image_weight(path: Path, predict: str, t: Tensor) -> Tensor:
     "Squared error of the prediction for a squared error of one in the image."
@@ -125,15 +116,20 @@ class Walk:
     predict: str
     network: Callable[[Tensor, float], Tensor] # z, t -> what the network says
     cost: Callable[[float], int] = lambda t: 1        # calls that an answer at time t takes
+    limit: float = 0.                                 # no image lies outside it; 0 is none
     calls: int = 0
-
-    def velocity(self, z: Tensor, t: float) -> Tensor:
-        self.calls += self.cost(t)
-        return velocity(self.path, self.predict, z, self.network(z, t), t)
 
     def image_and_noise(self, z: Tensor, t: float) -> tuple[Tensor, Tensor]:
         self.calls += self.cost(t)
-        return image_and_noise(self.path, self.predict, z, self.network(z, t), t)
+        x, noise = image_and_noise(self.path, self.predict, z, self.network(z, t), t)
+        if not self.limit: return x, noise
+        (a, s), x = self.scales(t), x.clamp(-self.limit, self.limit)
+        return x, (z - a * x) / max(s, 1e-3)
+
+    def velocity(self, z: Tensor, t: float) -> Tensor:
+        x, noise = self.image_and_noise(z, t)
+        da, ds = self.path.speeds(torch.tensor(t, dtype=torch.float64))
+        return float(da) * x + float(ds) * noise
 
     def scales(self, t: float) -> tuple[float, float]:
         a, s = self.path.scales(torch.tensor(t, dtype=torch.float64))
