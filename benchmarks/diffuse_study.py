@@ -22,8 +22,8 @@ from drifting_kd.evaluate import evaluate
 from drifting_kd.metrics import t_interval
 from drifting_kd.scores import EvaluateConfig
 
-MEASURES = ("to_test", "prompt_accuracy", "variance_ratio", "variance_of_test", "nearest_ratio")
-BESIDE = ("extractor", "judge_sha256", "num_samples", "floor", "floor_n", "train_to_test")
+MEASURES = ("to_test", "prompt_accuracy", "variance_ratio", "nearest_ratio")
+BESIDE = ("extractor", "judge_sha256", "num_samples", "floor", "floor_n", "train_to_test", "variance_of_test")
 
 def measured(run: Path, samples: int, calls: int) -> dict:
     "A row of the run's table, with so many steps of its sampler."
